@@ -1,0 +1,127 @@
+//! Decoded blocks: straight runs of instructions from one page, found again by linear address or by physical address and
+//! code size. A block remembers its bytes and the generation of its page; when the page was written, the bytes are
+//! compared before the block is used again.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use iced_x86::Instruction;
+
+use crate::interp::op::Op;
+use crate::native::Thunk;
+
+/// Most instructions in a block.
+pub const MAX_OPS: usize = 48;
+/// Blocks kept before all are dropped.
+const MAX_BLOCKS: usize = 64 * 1024;
+const FAST_BITS: u32 = 13;
+const FAST_ENTRIES: usize = 1 << FAST_BITS;
+
+/// A decoded block.
+pub struct Block {
+    /// Its instructions; the last one may branch.
+    pub ops: Box<[Op]>,
+    /// Full decodings that some handlers refer to; kept here so that the references stay valid.
+    pub instructions: Vec<Box<Instruction>>,
+    /// Thunks that native instructions refer to.
+    pub thunks: Vec<Box<Thunk>>,
+    /// The bytes it was decoded from.
+    pub bytes: Box<[u8]>,
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Host address of the first byte.
+    pub host: *const u8,
+    /// The page's generation counter.
+    pub cell: *const AtomicU32,
+    /// Its value when the bytes were last known to be right.
+    pub generation: u32,
+}
+
+impl Block {
+    /// Whether the page has not changed since the block was decoded or last compared.
+    #[inline(always)]
+    pub fn is_current(&self) -> bool {
+        // SAFETY: the counter belongs to a mapped region; the cache is cleared before the map is let go.
+        unsafe { &*self.cell }.load(Ordering::Acquire) == self.generation
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Fast {
+    linear: u64,
+    key: u32,
+    block: *mut Block,
+}
+
+const EMPTY: Fast = Fast { linear: 0, key: u32::MAX, block: std::ptr::null_mut() };
+
+/// All blocks of one vCPU.
+pub struct BlockCache {
+    blocks: HashMap<(u64, u8), Box<Block>>,
+    /// Direct-mapped by linear address; emptied when translations may have changed.
+    fast: Box<[Fast]>,
+    /// Changes with every flush of `fast`, so that a flush need not touch it.
+    epoch: u32,
+}
+
+impl Default for BlockCache {
+    fn default() -> Self {
+        BlockCache { blocks: HashMap::new(), fast: vec![EMPTY; FAST_ENTRIES].into(), epoch: 0 }
+    }
+}
+
+impl BlockCache {
+    fn slot(linear: u64) -> usize {
+        (linear ^ linear >> FAST_BITS) as usize & (FAST_ENTRIES - 1)
+    }
+
+    /// The block at a linear address, if seen there since the last flush. `context` is what else decides about the
+    /// translation: code size and privilege; below 16.
+    #[inline(always)]
+    pub fn find_linear(&self, linear: u64, context: u8) -> Option<*mut Block> {
+        let fast = &self.fast[Self::slot(linear)];
+        let key = self.epoch << 4 | u32::from(context);
+        (fast.linear == linear && fast.key == key).then_some(fast.block)
+    }
+
+    /// Remembers where a block is.
+    pub fn remember(&mut self, linear: u64, context: u8, block: *mut Block) {
+        let key = self.epoch << 4 | u32::from(context);
+        self.fast[Self::slot(linear)] = Fast { linear, key, block };
+    }
+
+    /// Forgets where blocks are, but not the blocks.
+    pub fn flush_linear(&mut self) {
+        self.epoch += 1;
+        if self.epoch >= u32::MAX >> 4 {
+            self.epoch = 0;
+            self.fast.fill(EMPTY);
+        }
+    }
+
+    /// The block at a physical address.
+    pub fn find_physical(&mut self, gpa: u64, code_bits: u8) -> Option<*mut Block> {
+        self.blocks.get_mut(&(gpa, code_bits)).map(|b| std::ptr::from_mut(b.as_mut()))
+    }
+
+    /// Whether inserting needs [`BlockCache::clear`] first.
+    pub fn is_full(&self) -> bool {
+        self.blocks.len() >= MAX_BLOCKS
+    }
+
+    /// Adds or replaces a block.
+    pub fn insert(&mut self, code_bits: u8, block: Block) -> *mut Block {
+        let key = (block.gpa, code_bits);
+        if self.blocks.contains_key(&key) {
+            self.flush_linear();
+        }
+        self.blocks.insert(key, Box::new(block));
+        self.blocks.get_mut(&key).map_or(std::ptr::null_mut(), |b| std::ptr::from_mut(b.as_mut()))
+    }
+
+    /// Drops every block.
+    pub fn clear(&mut self) {
+        self.flush_linear();
+        self.blocks.clear();
+    }
+}

@@ -1,0 +1,72 @@
+//! Where the programs under test and the guests are.
+
+use std::path::{Path, PathBuf};
+
+/// The guests that `lab/guests` fetches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Debian's kernel for virtual machines.
+    Cloud,
+    /// Debian's kernel for everything.
+    Generic,
+    /// The cloud kernel of the backports suite.
+    Backports,
+    /// memtest86+, which is loaded like a Linux kernel.
+    Memtest,
+}
+
+/// The directories that the tests use.
+#[derive(Clone, Debug)]
+pub struct Places {
+    programs: PathBuf,
+    guests: PathBuf,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate stands in the work tree");
+        let from =
+            |variable: &str, default: PathBuf| std::env::var_os(variable).map_or(default, PathBuf::from);
+        let target = from("CARGO_TARGET_DIR", top.join("target"));
+        Self {
+            programs: from("APIARY_BIN", target.join("release")),
+            guests: from("APIARY_BUILD", top.join("build")).join("guests"),
+        }
+    }
+}
+
+impl Places {
+    /// The path of one of our programs.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.join(name)
+    }
+
+    /// The path of a guest's kernel image.
+    pub fn kernel(&self, kernel: Kernel) -> PathBuf {
+        self.guests.join(match kernel {
+            Kernel::Cloud => "cloud/vmlinuz",
+            Kernel::Generic => "generic/vmlinuz",
+            Kernel::Backports => "backports/vmlinuz",
+            Kernel::Memtest => "memtest/memtest.bin",
+        })
+    }
+
+    /// The Linux guests' initramfs.
+    pub fn initramfs(&self) -> PathBuf {
+        self.guests.join("initramfs.cpio")
+    }
+}
+
+/// Runs one of our programs to its end and gives what it printed.
+///
+/// # Panics
+///
+/// If the program cannot be started, which in a test is a failure.
+pub fn program(name: &str, arguments: &[&str]) -> std::process::Output {
+    let path = Places::default().program(name);
+    std::process::Command::new(&path)
+        .args(arguments)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{}: {error} (run `make build` first)", path.display()))
+}
