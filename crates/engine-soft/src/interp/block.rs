@@ -3,9 +3,11 @@
 //! compared before the block is used again.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::Instruction;
+use x86::paging::{PAGE_MASK, PAGE_SIZE};
 
 use crate::interp::op::Op;
 use crate::native::Thunk;
@@ -34,15 +36,43 @@ pub struct Block {
     /// The page's generation counter.
     pub cell: *const AtomicU32,
     /// Its value when the bytes were last known to be right.
-    pub generation: u32,
+    pub generation: AtomicU32,
+    /// How often it was interpreted.
+    pub heat: AtomicU32,
 }
+
+// SAFETY: the pointers lead to records of guest memory and to what the block itself owns; neither is tied to a thread.
+unsafe impl Send for Block {}
+// SAFETY: as above; what changes is atomic.
+unsafe impl Sync for Block {}
 
 impl Block {
     /// Whether the page has not changed since the block was decoded or last compared.
     #[inline(always)]
     pub fn is_current(&self) -> bool {
         // SAFETY: the counter belongs to a mapped region; the cache is cleared before the map is let go.
-        unsafe { &*self.cell }.load(Ordering::Acquire) == self.generation
+        unsafe { &*self.cell }.load(Ordering::Acquire) == self.generation()
+    }
+
+    /// The generation of the page for which the bytes are known to be right.
+    #[inline(always)]
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    /// The bytes were compared with a newer generation of the page and are the same.
+    pub fn set_generation(&self, generation: u32) {
+        self.generation.store(generation, Ordering::Relaxed);
+    }
+
+    /// How often it was interpreted.
+    pub fn heat(&self) -> u32 {
+        self.heat.load(Ordering::Relaxed)
+    }
+
+    /// Its only instruction reaches into the next page.
+    pub fn spans(&self) -> bool {
+        (self.gpa & PAGE_MASK) + self.bytes.len() as u64 > PAGE_SIZE
     }
 }
 
@@ -50,19 +80,22 @@ impl Block {
 struct Fast {
     linear: u64,
     key: u32,
-    block: *mut Block,
+    block: *const Block,
 }
 
-const EMPTY: Fast = Fast { linear: 0, key: u32::MAX, block: std::ptr::null_mut() };
+const EMPTY: Fast = Fast { linear: 0, key: u32::MAX, block: std::ptr::null() };
 
 /// All blocks of one vCPU.
 pub struct BlockCache {
-    blocks: HashMap<(u64, u8), Box<Block>>,
+    blocks: HashMap<(u64, u8), Arc<Block>>,
     /// Direct-mapped by linear address; emptied when translations may have changed.
     fast: Box<[Fast]>,
     /// Changes with every flush of `fast`, so that a flush need not touch it.
     epoch: u32,
 }
+
+// SAFETY: the pointers lead to blocks of the same cache.
+unsafe impl Send for BlockCache {}
 
 impl Default for BlockCache {
     fn default() -> Self {
@@ -78,14 +111,14 @@ impl BlockCache {
     /// The block at a linear address, if seen there since the last flush. `context` is what else decides about the
     /// translation: code size and privilege; below 16.
     #[inline(always)]
-    pub fn find_linear(&self, linear: u64, context: u8) -> Option<*mut Block> {
+    pub fn find_linear(&self, linear: u64, context: u8) -> Option<*const Block> {
         let fast = &self.fast[Self::slot(linear)];
         let key = self.epoch << 4 | u32::from(context);
         (fast.linear == linear && fast.key == key).then_some(fast.block)
     }
 
     /// Remembers where a block is.
-    pub fn remember(&mut self, linear: u64, context: u8, block: *mut Block) {
+    pub fn remember(&mut self, linear: u64, context: u8, block: *const Block) {
         let key = self.epoch << 4 | u32::from(context);
         self.fast[Self::slot(linear)] = Fast { linear, key, block };
     }
@@ -100,8 +133,17 @@ impl BlockCache {
     }
 
     /// The block at a physical address.
-    pub fn find_physical(&mut self, gpa: u64, code_bits: u8) -> Option<*mut Block> {
-        self.blocks.get_mut(&(gpa, code_bits)).map(|b| std::ptr::from_mut(b.as_mut()))
+    pub fn find_physical(&self, gpa: u64, code_bits: u8) -> Option<&Arc<Block>> {
+        self.blocks.get(&(gpa, code_bits))
+    }
+
+    /// Shared possession of a block that is in the cache.
+    pub fn shared(&self, block: &Block) -> Option<Arc<Block>> {
+        [16, 32, 64]
+            .into_iter()
+            .filter_map(|bits| self.blocks.get(&(block.gpa, bits)))
+            .find(|found| std::ptr::eq(found.as_ref(), block))
+            .cloned()
     }
 
     /// Whether inserting needs [`BlockCache::clear`] first.
@@ -110,13 +152,15 @@ impl BlockCache {
     }
 
     /// Adds or replaces a block.
-    pub fn insert(&mut self, code_bits: u8, block: Block) -> *mut Block {
+    pub fn insert(&mut self, code_bits: u8, block: Block) -> *const Block {
         let key = (block.gpa, code_bits);
         if self.blocks.contains_key(&key) {
             self.flush_linear();
         }
-        self.blocks.insert(key, Box::new(block));
-        self.blocks.get_mut(&key).map_or(std::ptr::null_mut(), |b| std::ptr::from_mut(b.as_mut()))
+        let block = Arc::new(block);
+        let pointer = Arc::as_ptr(&block);
+        self.blocks.insert(key, block);
+        pointer
     }
 
     /// Drops every block.

@@ -1,6 +1,7 @@
 //! Finding, decoding and running blocks.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine::memory::CODE;
 use x86::bits::{dr6, rflags};
@@ -18,6 +19,8 @@ use crate::tlb::Privilege;
 
 /// Longest instruction in bytes.
 const MAX_INSTRUCTION: usize = 15;
+/// Guest-physical address of a block that has none.
+const NO_ADDRESS: u64 = u64::MAX;
 /// Bytes looked at when a block is decoded.
 const WINDOW: usize = 512;
 
@@ -30,7 +33,10 @@ impl Cpu {
         let limit = if self.single_step { 1 } else { MAX_OPS };
         let trap = self.system_flags & rflags::TF != 0;
         let shadow = std::mem::take(&mut self.interrupt_shadow);
-        let result = self.find_and_run(limit);
+        let result = match self.variant() {
+            Some(variant) if limit > 1 && self.translator.is_some() => self.run_translated(variant),
+            _ => self.find_and_run(limit),
+        };
         if shadow {
             self.note_attention();
         }
@@ -91,11 +97,24 @@ impl Cpu {
             self.system_flags &= !rflags::RF;
         }
         let block = self.find_block()?;
-        self.run_block(block, limit)
+        self.run_ops(block, limit)
+    }
+
+    /// Interprets the block at RIP.
+    pub fn interpret_block(&mut self) -> R<()> {
+        self.find_and_run(MAX_OPS)
+    }
+
+    /// Interprets a block that was found for RIP.
+    pub fn run_block(&mut self, block: *const Block) -> R<()> {
+        // SAFETY: as in `run_ops`.
+        let heat = unsafe { &(*block).heat };
+        heat.store(heat.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        self.run_ops(block, MAX_OPS)
     }
 
     #[inline(always)]
-    fn run_block(&mut self, block: *const Block, limit: usize) -> R<()> {
+    fn run_ops(&mut self, block: *const Block, limit: usize) -> R<()> {
         self.stop_block = false;
         // SAFETY: blocks are only dropped between calls of this function (see BlockCache), so the reference outlives the
         // loop although handlers have the whole Cpu.
@@ -132,8 +151,9 @@ impl Cpu {
         self.code_bits >> 5 | if self.cpl == 3 { 4 } else { 0 }
     }
 
+    /// The block at RIP.
     #[inline(always)]
-    fn find_block(&mut self) -> R<*const Block> {
+    pub fn find_block(&mut self) -> R<*const Block> {
         let linear = self.linear_ip(self.user.rip);
         let context = self.fetch_context();
         if let Some(block) = self.blocks.find_linear(linear, context) {
@@ -158,11 +178,10 @@ impl Cpu {
             return self.fetch_outside_cache(privilege, linear);
         };
         if let Some(block) = self.blocks.find_physical(gpa, self.code_bits) {
-            // SAFETY: the cache holds the block.
-            let block = unsafe { &mut *block };
-            if block.is_current() || self.revalidate(block, slot) {
-                self.blocks.remember(linear, context, block);
-                return Ok(block);
+            let block = block.clone();
+            if block.is_current() || self.revalidate(&block, slot) {
+                self.blocks.remember(linear, context, Arc::as_ptr(&block));
+                return Ok(Arc::as_ptr(&block));
             }
         }
         let in_page = (PAGE_SIZE - (gpa & PAGE_MASK)) as usize;
@@ -184,7 +203,8 @@ impl Cpu {
             gpa,
             host,
             cell: slot.generation(gpa),
-            generation,
+            generation: AtomicU32::new(generation),
+            heat: AtomicU32::new(0),
         };
         self.counters.blocks_decoded += 1;
         let block = self.blocks.insert(self.code_bits, block);
@@ -198,6 +218,7 @@ impl Cpu {
         match decode(bytes, bits, ip, max, &mut self.thunks) {
             Err(DecodeError::Full) => {
                 self.blocks.clear();
+                self.clear_translations();
                 self.scratch = None;
                 // SAFETY: every block, and with them every thunk, was just dropped.
                 unsafe { self.thunks.clear() };
@@ -214,7 +235,7 @@ impl Cpu {
         loop {
             if tracker.mark_code(page) {
                 for vcpu in self.shared.vcpus.iter() {
-                    vcpu.tlb.drop_writes_to(host as u64 & !PAGE_MASK);
+                    vcpu.area.tlb().drop_writes_to(host as u64 & !PAGE_MASK);
                 }
             }
             let generation = tracker.generation(page);
@@ -227,14 +248,14 @@ impl Cpu {
     }
 
     /// The page was written: is the block's code still the same?
-    fn revalidate(&mut self, block: &mut Block, slot: &RamSlot) -> bool {
+    fn revalidate(&mut self, block: &Block, slot: &RamSlot) -> bool {
         let mut now = [0u8; WINDOW];
         let now = &mut now[..block.bytes.len()];
         let generation = self.read_code(slot, block.gpa, now);
         if *now != *block.bytes {
             return false;
         }
-        block.generation = generation;
+        block.set_generation(generation);
         true
     }
 
@@ -253,16 +274,17 @@ impl Cpu {
             result = self.decode(&bytes, 1);
         }
         let Ok(decoded) = result else { return self.ud() };
-        static ALWAYS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        static ALWAYS: AtomicU32 = AtomicU32::new(0);
         let block = self.scratch.insert(Box::new(Block {
             ops: decoded.ops.into(),
             instructions: decoded.instructions,
             thunks: decoded.thunks,
             bytes: Box::default(),
-            gpa: 0,
+            gpa: NO_ADDRESS,
             host: std::ptr::null(),
             cell: &ALWAYS,
-            generation: ALWAYS.load(Ordering::Relaxed),
+            generation: AtomicU32::new(ALWAYS.load(Ordering::Relaxed)),
+            heat: AtomicU32::new(0),
         }));
         Ok(std::ptr::from_ref(block.as_ref()))
     }
