@@ -28,7 +28,7 @@ system: ## real guests, driven through the real programs
 lab: ## our KVM engine on a true kvm-amd, inside QEMU's emulated AMD-V
 	@tests/run lab
 
-bench: ## boot time on the soft engine against QEMU's emulator
+bench: ## boot time and a suite of workloads, on the soft engine, QEMU's emulator and the bare host
 	@bench/run
 
 guests: ## fetch the guests and make their initramfs

@@ -5,7 +5,8 @@
 # when it is complete, so a reader sees either nothing or the whole.
 #
 # Packages come from the Debian mirrors that the host's own apt is configured with, plus the same mirrors' backports.
-# The package index is a private one under build/apt, so neither the host's sources nor its lists are touched.
+# The package index is a private one under build/apt, so neither the host's sources nor its lists are touched; one of
+# 32-bit packages is beside it.
 
 set -euo pipefail
 
@@ -49,10 +50,11 @@ need_apt() {
             "Debian chroot or container), or install by hand: $*"
 }
 
-# private_index: sets the array `apt_options`, which makes apt use the index under build/apt. The host's own settings
-# (proxies, certificates) still hold; what it does after an update (clean-up hooks for its own lists) does not.
+# private_index [DIRECTORY]: sets the array `apt_options`, which makes apt use the index under build/apt, or in another
+# directory. The host's own settings (proxies, certificates) still hold; what it does after an update (clean-up hooks for
+# its own lists) does not.
 private_index() {
-    local dir=$build/apt
+    local dir=${1:-$build/apt}
     mkdir -p "$dir/sources.list.d" "$dir/lists/partial" "$dir/archives/partial"
     cat >"$dir/apt.conf" <<-END
 	Dir::Etc::sourcelist "/dev/null";
@@ -76,8 +78,19 @@ private_index() {
     export DEBIAN_FRONTEND=noninteractive
 }
 
+# release_mirror: sets release, the host's, uri, its mirror, which the index knows, and signed, an option for a sources
+# line. The uri is empty where the host's release is not Debian's.
+release_mirror() {
+    local keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    release=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
+    uri=$(apt-get "${apt_options[@]}" indextargets --format '$(REPO_URI) $(CODENAME) $(ORIGIN) $(COMPONENT)' \
+        'Created-By: Packages' | awk -v r="$release" '$2 == r && $3 == "Debian" && $4 == "main" { print $1; exit }')
+    signed=
+    [ ! -e "$keyring" ] || signed="[signed-by=$keyring] "
+}
+
 make_index() {
-    local dir=$build/apt file
+    local dir=$build/apt file release uri signed
     rm -f "$dir"/sources.list.d/*
     [ ! -s /etc/apt/sources.list ] || ln -s /etc/apt/sources.list "$dir/sources.list.d/host.list"
     for file in /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
@@ -86,14 +99,9 @@ make_index() {
     apt-get "${apt_options[@]}" update >"$dir/update.log" 2>&1 ||
         { cat "$dir/update.log" >&2; die "apt-get update failed; is the network there?"; }
 
-    # Backports live on the same mirror as the release. Which release that is, the signed index now says.
-    local release uri
-    release=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
-    uri=$(apt-get "${apt_options[@]}" indextargets --format '$(REPO_URI) $(CODENAME) $(ORIGIN) $(COMPONENT)' \
-        'Created-By: Packages' | awk -v r="$release" '$2 == r && $3 == "Debian" && $4 == "main" { print $1; exit }')
+    # Backports live on the same mirror as the release.
+    release_mirror
     if [ -n "$uri" ]; then
-        local keyring=/usr/share/keyrings/debian-archive-keyring.gpg signed=
-        [ ! -e "$keyring" ] || signed="[signed-by=$keyring] "
         printf 'deb %s%s %s-backports main\n' "$signed" "$uri" "$release" >"$dir/sources.list.d/backports.list"
         if ! apt-get "${apt_options[@]}" update >"$dir/update.log" 2>&1; then
             say "the mirror has no $release-backports; going on without"
@@ -113,6 +121,25 @@ package_index() {
     local fresh
     fresh=$(find "$build/apt/complete" -mmin -1440 2>/dev/null || true)
     [ -n "$fresh" ] || { say "reading the package index"; rm -f "$build/apt/complete"; make_index; }
+}
+
+# package_index_i386 WHAT: the same for 32-bit packages, of the release alone, without its updates: what a program of
+# last year did, it does still.
+package_index_i386() {
+    local dir=$build/apt-i386 release uri signed
+    package_index "$@"
+    release_mirror
+    [ -n "$uri" ] || die "none of the host's sources is Debian $release"
+    private_index "$dir"
+    printf 'APT::Architecture "i386";\nAPT::Architectures { "i386"; };\n' >>"$dir/apt.conf"
+    # A release changes a few times a year.
+    if [ -z "$(find "$dir/complete" -mtime -7 2>/dev/null || true)" ]; then
+        rm -f "$dir/complete"
+        printf 'deb %s%s %s main\n' "$signed" "$uri" "$release" >"$dir/sources.list.d/release.list"
+        apt-get "${apt_options[@]}" update >"$dir/update.log" 2>&1 ||
+            { cat "$dir/update.log" >&2; die "apt-get update failed; is the network there?"; }
+        touch "$dir/complete"
+    fi
 }
 
 # candidate PACKAGE [backports]: the version that would be taken, or nothing.

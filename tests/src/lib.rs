@@ -16,6 +16,6 @@ mod report;
 mod running;
 
 pub use machine::{Console, End, Machine, Vmm};
-pub use places::{Kernel, Places, program};
+pub use places::{Kernel, Places, Root, program};
 pub use report::Report;
-pub use running::{Ended, Error, Running};
+pub use running::{Done, Ended, Error, Running};

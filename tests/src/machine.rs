@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use crate::running::{Error, Running};
-use crate::{Kernel, Places};
+use crate::{Kernel, Places, Root};
 
 /// The program that runs the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub enum End {
     Wait,
     /// Gives a shell on com1.
     Shell,
+    /// Runs the commands that [`Running::command`] gives it.
+    Commands,
 }
 
 /// What com1 is connected to.
@@ -52,6 +54,7 @@ pub struct Machine {
     cpus: String,
     memory: String,
     kernel: Kernel,
+    root: Root,
     show: Vec<&'static str>,
     end: End,
     words: String,
@@ -70,6 +73,7 @@ impl Machine {
             cpus: "2".into(),
             memory: "512M".into(),
             kernel: Kernel::Cloud,
+            root: Root::Small,
             show: Vec::new(),
             end: End::Poweroff,
             words: String::new(),
@@ -105,6 +109,17 @@ impl Machine {
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = kernel;
         self
+    }
+
+    /// The guest's root file system; the small one if nothing is said.
+    pub fn root(mut self, root: Root) -> Self {
+        self.root = root;
+        self
+    }
+
+    /// A program that the guest runs before it ends; may be said several times. No word can have a space or a comma.
+    pub fn program(self, words: &[&str]) -> Self {
+        self.words(&format!("apiary.run={}", words.join(",")))
     }
 
     /// What the guest also prints; see `lab/guest/lab/boot`.
@@ -146,6 +161,7 @@ impl Machine {
             End::TripleFault => ("reboot", " reboot=t"),
             End::Wait => ("wait", ""),
             End::Shell => ("shell", ""),
+            End::Commands => ("commands", ""),
         };
         let show = if self.show.is_empty() {
             String::new()
@@ -153,6 +169,18 @@ impl Machine {
             format!(" apiary.show={}", self.show.join(","))
         };
         format!("console=ttyS0,115200{kernel}{}{show} apiary.end={end}", self.words)
+    }
+
+    /// The command that starts it, as a shell takes it.
+    pub fn command_line(&self) -> String {
+        let command = self.command();
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let quoted = words.map(|word| {
+            let word = word.to_string_lossy();
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+".contains(c);
+            if word.chars().all(plain) { word.into_owned() } else { format!("'{word}'") }
+        });
+        quoted.collect::<Vec<_>>().join(" ")
     }
 
     fn command(&self) -> Command {
@@ -166,7 +194,7 @@ impl Machine {
                     .arg("--kernel")
                     .arg(places.kernel(self.kernel));
                 if self.kernel != Kernel::Memtest {
-                    command.arg("--initrd").arg(places.initramfs());
+                    command.arg("--initrd").arg(places.initramfs(self.root));
                 }
                 command.arg("--cmdline").arg(self.cmdline()).args(&self.options).arg(&self.name);
                 command
@@ -180,7 +208,7 @@ impl Machine {
                     .arg("-kernel")
                     .arg(places.kernel(self.kernel));
                 if self.kernel != Kernel::Memtest {
-                    command.arg("-initrd").arg(places.initramfs());
+                    command.arg("-initrd").arg(places.initramfs(self.root));
                 }
                 command.arg("-append").arg(self.cmdline());
                 command

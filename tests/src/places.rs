@@ -15,6 +15,15 @@ pub enum Kernel {
     Memtest,
 }
 
+/// The root file systems that Linux guests can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Root {
+    /// busybox and little else, by `lab/initramfs`: what most tests want.
+    Small,
+    /// A Debian with tools, by `lab/debian`; takes 1 GiB of memory or more.
+    Debian,
+}
+
 /// The directories that the tests use.
 #[derive(Clone, Debug)]
 pub struct Places {
@@ -51,9 +60,17 @@ impl Places {
         })
     }
 
-    /// The Linux guests' initramfs.
-    pub fn initramfs(&self) -> PathBuf {
-        self.guests.join("initramfs.cpio")
+    /// A root file system, as the initramfs that Linux guests get.
+    pub fn initramfs(&self, root: Root) -> PathBuf {
+        self.guests.join(match root {
+            Root::Small => "initramfs.cpio",
+            Root::Debian => "debian/initramfs.cpio",
+        })
+    }
+
+    /// The Debian guest's root file system as a directory.
+    pub fn debian_root(&self) -> PathBuf {
+        self.guests.join("debian/root")
     }
 }
 

@@ -80,6 +80,17 @@ pub struct Ended {
     pub stderr: String,
 }
 
+/// What a command in the guest did; see [`Running::command`].
+#[derive(Clone, Debug)]
+pub struct Done {
+    /// Its exit status, as the guest's shell gives it.
+    pub status: i32,
+    /// What it printed.
+    pub output: String,
+    /// How long it took, seen from outside.
+    pub elapsed: Duration,
+}
+
 /// A machine that was started and not yet waited for.
 #[derive(Debug)]
 pub struct Running {
@@ -94,6 +105,8 @@ pub struct Running {
     stderr: Vec<u8>,
     /// How much of `console` the waits have gone past.
     seen: usize,
+    /// How long a wait may last.
+    limit: Duration,
 }
 
 impl Running {
@@ -117,6 +130,7 @@ impl Running {
             console: Vec::new(),
             stderr: Vec::new(),
             seen: 0,
+            limit: LIMIT,
         })
     }
 
@@ -128,6 +142,30 @@ impl Running {
     /// The process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Sets how long a wait may last from now on, where the usual (minutes) does not fit.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
+    /// Has the guest, which was started with [`End::Commands`](crate::End::Commands), run a line of shell commands.
+    ///
+    /// # Errors
+    ///
+    /// If the program ends first, or time is up.
+    pub fn command(&mut self, line: &str) -> Result<Done, Error> {
+        self.seen = self.console.len();
+        let started = Instant::now();
+        self.send(&format!("{line}\n"))?;
+        let (status, output) = self.wait_until(line, |new| {
+            let text = String::from_utf8_lossy(new);
+            let (output, rest) = text.split_once("apiary: status: ")?;
+            let (status, _) = rest.split_once('\n')?;
+            Some((status.trim().parse().unwrap_or(-1), output.replace('\r', "")))
+        })?;
+        self.seen = self.console.len();
+        Ok(Done { status, output, elapsed: started.elapsed() })
     }
 
     /// All that came from the console so far.
@@ -219,7 +257,7 @@ impl Running {
                     tail: tail(ended.console.as_bytes()),
                 });
             }
-            if !self.pump(LIMIT.saturating_sub(started.elapsed()))? && started.elapsed() >= LIMIT {
+            if !self.pump(self.limit.saturating_sub(started.elapsed()))? && started.elapsed() >= self.limit {
                 return Err(self.late(what, started));
             }
         }
@@ -237,7 +275,7 @@ impl Running {
     fn wait_here(&mut self) -> Result<Ended, Error> {
         let started = Instant::now();
         while self.output.is_some() {
-            if !self.pump(LIMIT.saturating_sub(started.elapsed()))? && started.elapsed() >= LIMIT {
+            if !self.pump(self.limit.saturating_sub(started.elapsed()))? && started.elapsed() >= self.limit {
                 return Err(self.late("the machine's end", started));
             }
         }
@@ -300,11 +338,11 @@ impl Running {
 
     fn reap(&mut self) -> Result<Ended, Error> {
         let started = Instant::now();
-        while self.errors.is_some() && started.elapsed() < LIMIT {
-            self.pump(LIMIT.saturating_sub(started.elapsed()))?;
+        while self.errors.is_some() && started.elapsed() < self.limit {
+            self.pump(self.limit.saturating_sub(started.elapsed()))?;
         }
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let limit = LIMIT.saturating_sub(started.elapsed());
+        let limit = self.limit.saturating_sub(started.elapsed());
         let timeout = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: 0 };
         if poll(&mut fds, Some(&timeout))? == 0 {
             return Err(self.late("the process's end (its output is closed)", started));

@@ -1,0 +1,253 @@
+//! The suite: every workload on every engine and on the host, in rounds.
+//!
+//! For each number of processors all guests are booted once and stay up; in each round each workload goes to one after
+//! the other of them, beginning with another each time. Those that wait are idle. A guest that fails a workload is booted
+//! anew for the next.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use guest::{End, Error, Machine, Places, Root, Running};
+use serde::Serialize;
+
+use crate::engine::Engine;
+use crate::idle::{self, Idle};
+use crate::numbers::median;
+use crate::options::Options;
+use crate::report;
+use crate::work::{self, Kind, Run, Workload};
+use crate::{boot, host};
+
+/// How often everything is measured when nothing else is said.
+const ROUNDS: usize = 3;
+/// The guests' memory.
+pub const MEMORY: &str = "2G";
+/// What a workload may take beyond the limit that it is given, before its guest must be hung: the slowest single pass on
+/// a busy machine.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// How far the guest's clock may be from the host's: this part of the time, and this many seconds.
+const CLOCK_TOLERANCE: (f64, f64) = (0.03, 0.5);
+
+/// What one engine did in one run of the suite.
+#[derive(Debug, Serialize)]
+pub struct Side {
+    pub engine: Engine,
+    /// Seconds from start to user space of the small guest, per round.
+    pub boot_s: Vec<f64>,
+    /// The runs of each workload.
+    pub runs: BTreeMap<String, Vec<Run>>,
+    pub idle: Option<Idle>,
+}
+
+impl Side {
+    /// The median over the rounds of the time for a whole workload.
+    pub fn seconds(&self, workload: &Workload) -> Option<f64> {
+        let runs = self.runs.get(&workload.name)?;
+        Some(median(&runs.iter().map(|run| run.full_s(workload)).collect::<Vec<_>>()))
+    }
+}
+
+/// One run of the suite.
+#[derive(Debug, Serialize)]
+pub struct Configuration {
+    pub cpus: u32,
+    pub sides: Vec<Side>,
+}
+
+impl Configuration {
+    /// What this engine did, if it was there.
+    pub fn side(&self, engine: Engine) -> Option<&Side> {
+        self.sides.iter().find(|side| side.engine == engine)
+    }
+}
+
+/// A side while it is measured.
+struct Contender {
+    side: Side,
+    cpus: u32,
+    running: Option<Running>,
+}
+
+impl Contender {
+    /// The machine, booted if it is not there.
+    fn running(&mut self) -> Result<Option<&mut Running>, Error> {
+        if self.running.is_none() {
+            let Some(machine) = machine(self.side.engine, self.cpus) else { return Ok(None) };
+            let mut running = machine.end(End::Commands).start()?;
+            running.wait_for("apiary: commands")?;
+            self.running = Some(running);
+        }
+        Ok(self.running.as_mut())
+    }
+
+    fn run(&mut self, root: &Path, workload: &Workload, limit_s: f64) -> Result<Run, String> {
+        let cpus = self.cpus;
+        let result = match self.running() {
+            Ok(None) => host::run(root, workload, cpus),
+            Ok(Some(running)) => {
+                running.set_limit(PATIENCE + Duration::from_secs_f64(limit_s));
+                let command = format!("work {}", workload.arguments(limit_s).join(" "));
+                running.command(&command).map_err(|error| error.to_string()).and_then(|done| {
+                    let mut run = Run::parse(&workload.name, &done.output)?;
+                    run.outside_s = Some(done.elapsed.as_secs_f64());
+                    Ok(run)
+                })
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        if result.is_err() {
+            self.running = None;
+        }
+        result
+    }
+}
+
+fn machine(engine: Engine, cpus: u32) -> Option<Machine> {
+    Some(engine.machine("suite")?.root(Root::Debian).cpus(&cpus.to_string()).memory(MEMORY))
+}
+
+/// A command line that boots a guest, runs these workloads in it, and ends.
+pub fn command_line(engine: Engine, cpus: u32, workloads: &[&str]) -> String {
+    match machine(engine, cpus) {
+        Some(machine) => {
+            let machine = machine.end(End::Poweroff);
+            workloads.iter().fold(machine, |machine, name| machine.program(&["work", name])).command_line()
+        }
+        None => format!("chroot {} work {}", Places::default().debian_root().display(), workloads.join(" ")),
+    }
+}
+
+/// Everything that is known afterwards.
+#[derive(Serialize)]
+pub struct Results {
+    pub guest: String,
+    pub memory: &'static str,
+    pub host: String,
+    pub peer: String,
+    pub rounds: usize,
+    pub limit_s: f64,
+    pub configurations: Vec<Configuration>,
+    /// What went wrong: workloads that did not end, results that differ, clocks that are off.
+    pub problems: Vec<String>,
+    #[serde(skip)]
+    pub workloads: Vec<Workload>,
+}
+
+/// Runs the suite; `false` if something in it went wrong.
+///
+/// # Errors
+///
+/// If there is nothing to run, or the results cannot be written.
+pub fn run(options: &Options, directory: &Path) -> Result<bool, Box<dyn std::error::Error>> {
+    let root = Places::default().debian_root();
+    let mut workloads = work::list(&root)?;
+    for name in &options.workloads {
+        if !workloads.iter().any(|workload| workload.name == *name) {
+            let names: Vec<_> = workloads.iter().map(|workload| workload.name.as_str()).collect();
+            return Err(format!("no workload {name}; there are: {}", names.join(" ")).into());
+        }
+    }
+    workloads.retain(|workload| options.workloads.is_empty() || options.workloads.contains(&workload.name));
+
+    let package = std::fs::read_to_string(directory.join("../guests/cloud/package")).unwrap_or_default();
+    let mut results = Results {
+        guest: package.trim().into(),
+        memory: MEMORY,
+        host: host::description(),
+        peer: host::first_line("qemu-system-x86_64", &["--version"]),
+        rounds: options.rounds.unwrap_or(ROUNDS),
+        limit_s: options.limit_s,
+        configurations: Vec::new(),
+        problems: Vec::new(),
+        workloads,
+    };
+    for cpus in &options.cpus {
+        configuration(options, *cpus, &root, &mut results);
+        // Written each time: a long run that is ended early has left something.
+        std::fs::write(directory.join("suite.md"), report::markdown(&results))?;
+        std::fs::write(directory.join("suite.json"), serde_json::to_string_pretty(&results)?)?;
+    }
+    println!("{}", report::markdown(&results));
+    Ok(results.problems.is_empty())
+}
+
+fn configuration(options: &Options, cpus: u32, root: &Path, results: &mut Results) {
+    let new_side = |engine: &Engine| Contender {
+        side: Side { engine: *engine, boot_s: Vec::new(), runs: BTreeMap::new(), idle: None },
+        cpus,
+        running: None,
+    };
+    let mut contenders: Vec<_> = options.engines.iter().map(new_side).collect();
+    let mut checks = BTreeMap::new();
+    let mut problems = Vec::new();
+    // Of single workloads nobody wants to know how the guest boots and rests.
+    let whole = options.workloads.is_empty();
+    for round in 0..results.rounds {
+        if whole {
+            for contender in contenders.iter_mut().filter(|contender| contender.side.engine != Engine::Host) {
+                let engine = contender.side.engine;
+                match boot::boot(engine, cpus) {
+                    Ok((elapsed, _)) => contender.side.boot_s.push(elapsed.as_secs_f64()),
+                    Err(error) => problems.push(format!("{engine}, {cpus} processors, boot: {error}")),
+                }
+            }
+        }
+        for (index, workload) in results.workloads.iter().enumerate() {
+            let mut said =
+                format!("{cpus} cpu, round {}/{}: {:10}", round + 1, results.rounds, workload.name);
+            let count = contenders.len();
+            for turn in 0..count {
+                let contender = &mut contenders[(turn + round + index) % count];
+                let engine = contender.side.engine;
+                match contender.run(root, workload, options.limit_s) {
+                    Ok(run) => {
+                        let place = format!("{engine}, {cpus} processors, {}", workload.name);
+                        let expected =
+                            checks.entry(workload.name.clone()).or_insert_with(|| run.check.clone());
+                        if *expected != run.check {
+                            problems.push(format!("{place}: the result is {}, not {expected}", run.check));
+                        }
+                        problems.extend(clock_problem(&run).map(|problem| format!("{place}: {problem}")));
+                        said += &format!("  {engine} {:.3} s", run.full_s(workload));
+                        contender.side.runs.entry(workload.name.clone()).or_default().push(run);
+                    }
+                    Err(problem) => {
+                        let problem = format!("{engine}, {cpus} processors, {}: {problem}", workload.name);
+                        said += &format!("  {engine} failed");
+                        eprintln!("{problem}");
+                        problems.push(problem);
+                    }
+                }
+            }
+            eprintln!("{said}");
+        }
+    }
+    if whole {
+        for contender in &mut contenders {
+            if let Some(running) = &mut contender.running {
+                match idle::measure(running) {
+                    Ok(idle) => contender.side.idle = Some(idle),
+                    Err(error) => problems.push(format!("{}, idle: {error}", contender.side.engine)),
+                }
+            }
+        }
+    }
+    let sides = contenders.into_iter().map(|contender| contender.side).collect();
+    results.problems.extend(problems);
+    results.configurations.push(Configuration { cpus, sides });
+}
+
+/// Whether the guest's clock and the host's agree on what the whole took. (Seen from outside there is the shell that
+/// starts the program on top.)
+fn clock_problem(run: &Run) -> Option<String> {
+    let outside = run.outside_s?;
+    let (part, fixed) = CLOCK_TOLERANCE;
+    let far = (outside - run.whole_s).abs() > outside * part + fixed;
+    far.then(|| format!("the guest's clock says {:.2} s, the host's {outside:.2} s", run.whole_s))
+}
+
+/// The workloads of one kind.
+pub fn of_kind(workloads: &[Workload], kind: Kind) -> impl Iterator<Item = &Workload> {
+    workloads.iter().filter(move |workload| workload.kind == kind)
+}
