@@ -504,9 +504,9 @@ mod tests {
             "cmp dword ptr gs:[40h],0h",
             "rorx r11,r10,0Ch",
             "movzx r11d,r11w",
-            "jmp qword ptr gs:[r11+48h]",
-            "vmovdqa ymm9,ymmword ptr gs:[100h]",
-            "vmovdqa ymmword ptr gs:[100h],ymm3",
+            "jmp qword ptr gs:[r11*1+48h]",
+            "vmovdqa ymm9,gs:[100h]",
+            "vmovdqa gs:[100h],ymm3",
             "ldmxcsr dword ptr gs:[4]",
         ];
         assert_eq!(lines.len(), expected.len(), "{lines:#?}");
