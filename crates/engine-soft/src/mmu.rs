@@ -375,6 +375,7 @@ impl Cpu {
         let page = gva & !PAGE_MASK;
         let host = slot.host(walk.gpa);
         if access == Access::Execute {
+            self.tlb().fill_code(privilege, page, host as u64 & !PAGE_MASK, walk.global);
             return Ok(Place::Host(host));
         }
         let watched = self.watchpoints && self.watchpoint_in_page(page);

@@ -106,6 +106,10 @@ pub struct Counters {
     pub instructions: u64,
     /// Instructions of translated code that the interpreter executed.
     pub handler_calls: u64,
+    /// Jumps whose target was not in the table.
+    pub target_misses: u64,
+    /// Branches that were linked.
+    pub links: u64,
     /// Blocks decoded.
     pub blocks_decoded: u64,
     /// Blocks translated.
@@ -163,6 +167,8 @@ impl Counters {
             ("vm exits due to exceptions", self.exceptions),
             ("number of NMIs delivered to vcpu", self.nmis),
             ("instructions interpreted", self.instructions + self.handler_calls),
+            ("jump targets looked up", self.target_misses),
+            ("branches linked", self.links),
             ("blocks decoded", self.blocks_decoded),
             ("blocks translated", self.blocks_translated),
             ("stores to code pages", self.code_writes),

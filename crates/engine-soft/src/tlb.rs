@@ -18,6 +18,11 @@ const ENTRIES: usize = 1 << INDEX_BITS;
 const CHUNK: usize = 512;
 const CHUNKS: usize = ENTRIES / CHUNK;
 
+/// Bit of [`Table::used`]: entries of the address space.
+const LOCAL: u8 = 1;
+/// Bit of [`Table::used`]: entries that survive a change of address space.
+const GLOBAL: u8 = 2;
+
 /// With which rights an access is made; each has a table of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -41,11 +46,13 @@ pub struct Table {
     pub read: [AtomicU64; ENTRIES],
     /// Tags for stores.
     pub write: [AtomicU64; ENTRIES],
+    /// Tags for fetches.
+    code: [AtomicU64; ENTRIES],
     /// Host addresses of the pages.
     pub host: [AtomicU64; ENTRIES],
     /// 1 for pages that survive a change of address space.
     global: [AtomicU8; ENTRIES],
-    /// 1 for chunks that may have entries.
+    /// For each chunk, whether it may have entries: [`LOCAL`], [`GLOBAL`].
     used: [AtomicU8; CHUNKS],
 }
 
@@ -77,11 +84,7 @@ impl Table {
     fn clear(&self, index: usize) {
         self.read[index].store(nothing(index), Ordering::Relaxed);
         self.write[index].store(nothing(index), Ordering::Relaxed);
-    }
-
-    fn is_empty(&self, index: usize) -> bool {
-        self.read[index].load(Ordering::Relaxed) == nothing(index)
-            && self.write[index].load(Ordering::Relaxed) == nothing(index)
+        self.code[index].store(nothing(index), Ordering::Relaxed);
     }
 
     fn used_chunks(&self) -> impl Iterator<Item = usize> {
@@ -90,18 +93,35 @@ impl Table {
 
     fn flush(&self, keep_global: bool) {
         for chunk in self.used_chunks() {
-            let mut kept = false;
+            let used = self.used[chunk].load(Ordering::Relaxed);
+            if keep_global && used == GLOBAL {
+                continue;
+            }
             for index in chunk * CHUNK..(chunk + 1) * CHUNK {
-                if keep_global && self.global[index].load(Ordering::Relaxed) != 0 {
-                    kept |= !self.is_empty(index);
-                } else {
+                if !(keep_global && self.global[index].load(Ordering::Relaxed) != 0) {
                     self.clear(index);
                 }
             }
-            if !kept {
-                self.used[chunk].store(0, Ordering::SeqCst);
-            }
+            self.used[chunk].store(if keep_global { used & GLOBAL } else { 0 }, Ordering::SeqCst);
         }
+    }
+
+    /// Makes an entry that of a page; what it held of another is lost.
+    fn prepare(&self, page: u64, host: u64, global: bool) -> usize {
+        let index = index_of(page);
+        let keeps = |tags: &[AtomicU64; ENTRIES]| tags[index].load(Ordering::Relaxed) == page;
+        let same_host = self.host[index].load(Ordering::Relaxed) == host;
+        if !(same_host && (keeps(&self.read) || keeps(&self.write) || keeps(&self.code))) {
+            self.clear(index);
+        }
+        self.host[index].store(host, Ordering::Relaxed);
+        self.global[index].store(u8::from(global), Ordering::Relaxed);
+        let used = &self.used[index / CHUNK];
+        let bit = if global { GLOBAL } else { LOCAL };
+        if used.load(Ordering::Relaxed) & bit == 0 {
+            used.fetch_or(bit, Ordering::SeqCst);
+        }
+        index
     }
 }
 
@@ -126,19 +146,33 @@ impl Tables {
         Entry { read: &table.read[index], write: &table.write[index], host: &table.host[index] }
     }
 
-    /// Fills an entry. A tag is set for each permitted access.
+    /// Fills an entry for loads and stores. A tag is set for each permitted access.
     pub fn fill(&self, privilege: Privilege, page: u64, host: u64, read: bool, write: bool, global: bool) {
+        let table = self.table(privilege);
+        let index = table.prepare(page, host, global);
+        let tag = |permitted: bool| if permitted { page } else { nothing(index) };
+        table.read[index].store(tag(read), Ordering::Relaxed);
+        table.write[index].store(tag(write), Ordering::SeqCst);
+    }
+
+    /// Fills an entry for fetches.
+    pub fn fill_code(&self, privilege: Privilege, page: u64, host: u64, global: bool) {
+        let table = self.table(privilege);
+        let index = table.prepare(page, host, global);
+        table.code[index].store(page, Ordering::Relaxed);
+    }
+
+    /// The host address of a page of code, if it is known.
+    #[inline]
+    pub fn find_code(&self, privilege: Privilege, page: u64) -> Option<u64> {
         let (table, index) = (self.table(privilege), index_of(page));
-        table.clear(index);
-        table.host[index].store(host, Ordering::Relaxed);
-        table.global[index].store(u8::from(global), Ordering::Relaxed);
-        table.used[index / CHUNK].store(1, Ordering::SeqCst);
-        if read {
-            table.read[index].store(page, Ordering::Relaxed);
-        }
-        if write {
-            table.write[index].store(page, Ordering::SeqCst);
-        }
+        (table.code[index].load(Ordering::Relaxed) == page).then(|| table.host[index].load(Ordering::Relaxed))
+    }
+
+    /// Whether the entry of a page of code survives a change of address space.
+    pub fn is_global_code(&self, privilege: Privilege, page: u64) -> bool {
+        let (table, index) = (self.table(privilege), index_of(page));
+        table.code[index].load(Ordering::Relaxed) == page && table.global[index].load(Ordering::Relaxed) != 0
     }
 
     /// Forgets everything, or everything but global pages.

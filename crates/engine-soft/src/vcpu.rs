@@ -442,7 +442,7 @@ impl Cpu {
         }
         self.deliver_loaded(&state.events);
         self.tlb().flush(false);
-        self.forget_code_addresses();
+        self.forget_code_addresses(false);
         self.publish_waiting();
         self.note_attention();
         Ok(())

@@ -2,11 +2,11 @@
 //! code size. A block remembers its bytes and the generation of its page; when the page was written, the bytes are
 //! compared before the block is used again.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::Instruction;
+use rustc_hash::FxHashMap;
 use x86::paging::{PAGE_MASK, PAGE_SIZE};
 
 use crate::interp::op::Op;
@@ -29,14 +29,10 @@ pub struct Block {
     pub thunks: Vec<Box<Thunk>>,
     /// The bytes it was decoded from.
     pub bytes: Box<[u8]>,
-    /// Guest-physical address of the first byte.
-    pub gpa: u64,
-    /// Host address of the first byte.
-    pub host: *const u8,
-    /// The page's generation counter.
-    pub cell: *const AtomicU32,
-    /// Its value when the bytes were last known to be right.
-    pub generation: AtomicU32,
+    /// Where they are, up to the end of their page.
+    pub first: Extent,
+    /// Where the rest is, for a single instruction that spans pages.
+    pub second: Option<Extent>,
     /// How often it was interpreted.
     pub heat: AtomicU32,
 }
@@ -46,23 +42,56 @@ unsafe impl Send for Block {}
 // SAFETY: as above; what changes is atomic.
 unsafe impl Sync for Block {}
 
+/// A part of a page that code was read from.
+pub struct Extent {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// The page's generation counter.
+    pub cell: *const AtomicU32,
+    /// Its value when the bytes were last known to be right.
+    pub generation: AtomicU32,
+}
+
+impl Extent {
+    #[inline(always)]
+    fn is_current(&self) -> bool {
+        // SAFETY: the counter belongs to a mapped region; the cache is cleared before the map is let go.
+        unsafe { &*self.cell }.load(Ordering::Acquire) == self.generation.load(Ordering::Relaxed)
+    }
+
+    fn take_generation(&self, from: &Extent) {
+        self.generation.store(from.generation.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+}
+
 impl Block {
-    /// Whether the page has not changed since the block was decoded or last compared.
+    /// Whether no page has changed since the block was decoded or last compared.
     #[inline(always)]
     pub fn is_current(&self) -> bool {
-        // SAFETY: the counter belongs to a mapped region; the cache is cleared before the map is let go.
-        unsafe { &*self.cell }.load(Ordering::Acquire) == self.generation()
+        self.first.is_current() && self.second.as_ref().is_none_or(Extent::is_current)
     }
 
-    /// The generation of the page for which the bytes are known to be right.
-    #[inline(always)]
-    pub fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Relaxed)
+    /// Guest-physical address of its first byte.
+    pub fn gpa(&self) -> u64 {
+        self.first.gpa
     }
 
-    /// The bytes were compared with a newer generation of the page and are the same.
-    pub fn set_generation(&self, generation: u32) {
-        self.generation.store(generation, Ordering::Relaxed);
+    /// How many of its bytes are in the page where it begins.
+    pub fn bytes_in_first_page(&self) -> usize {
+        self.bytes.len().min((PAGE_SIZE - (self.first.gpa & PAGE_MASK)) as usize)
+    }
+
+    /// Another block, which is current, was decoded from the same bytes at the same places: then so is this one.
+    pub fn confirm_by(&self, other: &Block) -> bool {
+        let places = |block: &Block| (block.first.gpa, block.second.as_ref().map(|second| second.gpa));
+        if places(self) != places(other) || self.bytes != other.bytes {
+            return false;
+        }
+        self.first.take_generation(&other.first);
+        if let (Some(own), Some(second)) = (&self.second, &other.second) {
+            own.take_generation(second);
+        }
+        true
     }
 
     /// How often it was interpreted.
@@ -70,9 +99,9 @@ impl Block {
         self.heat.load(Ordering::Relaxed)
     }
 
-    /// Its only instruction reaches into the next page.
+    /// Whether its only instruction reaches into the next page.
     pub fn spans(&self) -> bool {
-        (self.gpa & PAGE_MASK) + self.bytes.len() as u64 > PAGE_SIZE
+        self.second.is_some()
     }
 }
 
@@ -87,7 +116,7 @@ const EMPTY: Fast = Fast { linear: 0, key: u32::MAX, block: std::ptr::null() };
 
 /// All blocks of one vCPU.
 pub struct BlockCache {
-    blocks: HashMap<(u64, u8), Arc<Block>>,
+    blocks: FxHashMap<(u64, u8), Arc<Block>>,
     /// Direct-mapped by linear address; emptied when translations may have changed.
     fast: Box<[Fast]>,
     /// Changes with every flush of `fast`, so that a flush need not touch it.
@@ -99,7 +128,7 @@ unsafe impl Send for BlockCache {}
 
 impl Default for BlockCache {
     fn default() -> Self {
-        BlockCache { blocks: HashMap::new(), fast: vec![EMPTY; FAST_ENTRIES].into(), epoch: 0 }
+        BlockCache { blocks: FxHashMap::default(), fast: vec![EMPTY; FAST_ENTRIES].into(), epoch: 0 }
     }
 }
 
@@ -141,7 +170,7 @@ impl BlockCache {
     pub fn shared(&self, block: &Block) -> Option<Arc<Block>> {
         [16, 32, 64]
             .into_iter()
-            .filter_map(|bits| self.blocks.get(&(block.gpa, bits)))
+            .filter_map(|bits| self.blocks.get(&(block.gpa(), bits)))
             .find(|found| std::ptr::eq(found.as_ref(), block))
             .cloned()
     }
@@ -153,7 +182,7 @@ impl BlockCache {
 
     /// Adds or replaces a block.
     pub fn insert(&mut self, code_bits: u8, block: Block) -> *const Block {
-        let key = (block.gpa, code_bits);
+        let key = (block.gpa(), code_bits);
         if self.blocks.contains_key(&key) {
             self.flush_linear();
         }

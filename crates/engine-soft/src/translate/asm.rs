@@ -507,7 +507,7 @@ mod tests {
             "jmp qword ptr gs:[r11*1+48h]",
             "vmovdqa ymm9,gs:[100h]",
             "vmovdqa gs:[100h],ymm3",
-            "ldmxcsr dword ptr gs:[4]",
+            "ldmxcsr gs:[4h]",
         ];
         assert_eq!(lines.len(), expected.len(), "{lines:#?}");
         for (line, expected) in lines.iter().zip(expected) {

@@ -157,7 +157,7 @@ pub fn translate(
 
 impl Builder<'_> {
     fn decode(&self) -> Vec<Instruction> {
-        let offset = self.block.gpa & (PAGE_SIZE - 1);
+        let offset = self.block.gpa() & (PAGE_SIZE - 1);
         let bits = self.variant.code_bits();
         let mut decoder = Decoder::with_ip(bits, &self.block.bytes, offset, decode::options());
         self.block.ops.iter().map(|_| decoder.decode()).collect()

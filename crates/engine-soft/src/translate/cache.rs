@@ -1,8 +1,9 @@
 //! Translated blocks of one vCPU: the memory they are in, how they are found, and how they refer to each other.
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
 
 use crate::interp::block::Block;
 use crate::interp::op::Op;
@@ -129,8 +130,8 @@ pub struct Cache {
     faults: FaultTable,
     routines: [Routines; 2],
     units: Vec<Unit>,
-    by_address: HashMap<(u64, Variant), u32>,
-    by_page: HashMap<u64, Vec<u32>>,
+    by_address: FxHashMap<(u64, Variant), u32>,
+    by_page: FxHashMap<u64, Vec<u32>>,
     /// See [`Site`].
     pub sites: Vec<Site>,
     links: Vec<Link>,
@@ -158,8 +159,8 @@ impl Cache {
             faults,
             routines,
             units: Vec::new(),
-            by_address: HashMap::new(),
-            by_page: HashMap::new(),
+            by_address: FxHashMap::default(),
+            by_page: FxHashMap::default(),
             sites: Vec::new(),
             links: Vec::new(),
             first_free,
@@ -208,7 +209,8 @@ impl Cache {
         let number = self.units.len() as u32;
         self.sites.extend(new.sites);
         self.links.extend(new.links);
-        let (gpa, variant) = (new.block.gpa, new.variant);
+        let (gpa, variant) = (new.block.gpa(), new.variant);
+        let second_page = new.block.second.as_ref().map(|second| second.gpa >> 12);
         self.units.push(Unit {
             block: new.block,
             variant,
@@ -218,7 +220,9 @@ impl Cache {
             incoming: Vec::new(),
         });
         self.by_address.insert((gpa, variant), number);
-        self.by_page.entry(gpa >> 12).or_default().push(number);
+        for page in std::iter::once(gpa >> 12).chain(second_page) {
+            self.by_page.entry(page).or_default().push(number);
+        }
         Some(number)
     }
 

@@ -94,6 +94,7 @@ impl Cpu {
         {
             return self.enter(variant.kind(), code);
         }
+        self.counters.target_misses += 1;
         let block = self.find_block()?;
         // SAFETY: the block is alive until the cache is changed, which only this thread does.
         let found = unsafe { &*block };
@@ -103,8 +104,14 @@ impl Cpu {
         let code = translator.cache.unit(unit).entry_memory;
         match unlinked {
             // What spans pages depends on the mapping of both, so it is only entered by its linear address.
-            Some((link, _)) if !spans => translator.cache.link(link, unit),
-            _ => self.user.targets().insert(privilege, rip, code),
+            Some((link, _)) if !spans => {
+                self.counters.links += 1;
+                translator.cache.link(link, unit);
+            }
+            _ => {
+                let global = self.is_global_code(rip);
+                self.user.targets().insert(privilege, rip, code, global);
+            }
         }
         self.enter(variant.kind(), code)
     }
@@ -112,15 +119,14 @@ impl Cpu {
     /// The translation of a block, if it has one or is worth one.
     fn unit_for(&mut self, block: &Block, variant: Variant) -> Option<u32> {
         let translator = self.translator.as_mut()?;
-        if let Some(unit) = translator.cache.find(block.gpa, variant) {
+        if let Some(unit) = translator.cache.find(block.gpa(), variant) {
             let translated = translator.cache.unit(unit).block.clone();
             if translated.is_current() {
                 return Some(unit);
             }
             // Its page was written, maybe by a device: nothing of it can be relied on until it has been looked at.
-            self.suspend_code(block.gpa);
-            if translated.bytes == block.bytes {
-                translated.set_generation(block.generation());
+            self.suspend_code(block.gpa());
+            if translated.confirm_by(block) {
                 return Some(unit);
             }
         }
@@ -142,9 +148,7 @@ impl Cpu {
             }
             // No room: start over. Nothing of the old code runs now.
             cache.clear();
-            for privilege in PRIVILEGES {
-                self.user.targets().empty(privilege);
-            }
+            PRIVILEGES.into_iter().for_each(|privilege| self.user.targets().empty(privilege));
         }
         None
     }
@@ -153,15 +157,21 @@ impl Cpu {
     pub fn suspend_code(&mut self, gpa: u64) {
         let Some(translator) = &mut self.translator else { return };
         if translator.cache.suspend_page(gpa) {
-            for privilege in PRIVILEGES {
-                self.user.targets().empty(privilege);
-            }
+            self.forget_targets();
         }
     }
 
-    /// Forgets at which addresses code is, because the address space changed.
-    pub fn forget_code_addresses(&mut self) {
+    /// Forgets at which addresses code is; that of global pages only if not `keep_global`.
+    pub fn forget_code_addresses(&mut self, keep_global: bool) {
         self.blocks.flush_linear();
+        if keep_global {
+            self.user.targets().forget_local();
+        } else {
+            self.forget_targets();
+        }
+    }
+
+    fn forget_targets(&mut self) {
         for privilege in PRIVILEGES {
             self.user.targets().empty(privilege);
         }
@@ -180,9 +190,7 @@ impl Cpu {
         let Some(translator) = &mut self.translator else { return };
         translator.cache.clear();
         translator.unlinked = None;
-        for privilege in PRIVILEGES {
-            self.user.targets().empty(privilege);
-        }
+        self.forget_targets();
     }
 
     /// Runs translated code until it is left.

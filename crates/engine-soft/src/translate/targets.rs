@@ -4,10 +4,15 @@
 //! An entry holds for the mapping of its page at the time it was made, so the table follows the TLB's life: it is
 //! emptied when the address space changes, and loses a page's entries when the page's translation does.
 
-use crate::tlb::Privilege;
+use x86::paging::{PAGE_MASK, PAGE_SIZE};
+
+use crate::tlb::{PRIVILEGES, Privilege};
+
+/// Longest instruction in bytes.
+const MAX_INSTRUCTION: u64 = 15;
 
 /// log2 of the entries in each table.
-pub const INDEX_BITS: u32 = 12;
+pub const INDEX_BITS: u32 = 14;
 const ENTRIES: usize = 1 << INDEX_BITS;
 /// How far a page number is shifted to be mixed with the low bits of an address.
 pub const MIX_SHIFT: u8 = 12;
@@ -34,6 +39,8 @@ pub struct Table {
     filter: [u64; FILTER_BITS / 64],
     /// Anything was entered since the table was emptied.
     used: bool,
+    /// Anything that does not survive a change of address space.
+    local: bool,
     /// It was never emptied: zeroes would match RIP 0.
     ready: bool,
 }
@@ -59,13 +66,23 @@ impl Targets {
         (entry.rip == rip).then_some(entry.host)
     }
 
-    /// Remembers a target.
-    pub fn insert(&mut self, privilege: Privilege, rip: u64, host: u64) {
+    /// Remembers a target. `global` ones survive a change of address space.
+    pub fn insert(&mut self, privilege: Privilege, rip: u64, host: u64, global: bool) {
         let table = &mut self.0[privilege as usize];
         table.entries[index_of(rip)] = Target { rip, host };
         let (word, bit) = filter_bit(rip);
         table.filter[word] |= bit;
         table.used = true;
+        table.local |= !global;
+    }
+
+    /// The address space changed.
+    pub fn forget_local(&mut self) {
+        for privilege in PRIVILEGES {
+            if self.0[privilege as usize].local {
+                self.empty(privilege);
+            }
+        }
     }
 
     /// Forgets everything of one privilege.
@@ -75,17 +92,23 @@ impl Targets {
             table.entries.fill(Target { rip: NOTHING, host: 0 });
             table.filter.fill(0);
             table.used = false;
+            table.local = false;
             table.ready = true;
         }
     }
 
-    /// Forgets what lies in the page of a RIP.
+    /// Forgets what lies in the page of a RIP, and what reaches into it.
     pub fn forget_page(&mut self, rip: u64) {
-        let (word, bit) = filter_bit(rip);
+        let page = rip & !PAGE_MASK;
+        let reaching = page.wrapping_sub(MAX_INSTRUCTION - 1);
         for table in &mut self.0 {
-            if table.filter[word] & bit != 0 {
+            let may_have = |rip: u64| {
+                let (word, bit) = filter_bit(rip);
+                table.filter[word] & bit != 0
+            };
+            if may_have(page) || may_have(reaching) {
                 for entry in &mut table.entries {
-                    if entry.rip >> 12 == rip >> 12 {
+                    if entry.rip.wrapping_sub(reaching) < PAGE_SIZE + MAX_INSTRUCTION - 1 {
                         entry.rip = NOTHING;
                     }
                 }
