@@ -18,7 +18,7 @@ use crate::native::Thunks;
 use crate::shared::{Counters, Shared, attention, lock};
 use crate::system::interrupt::TripleFault;
 use crate::tlb::Privilege;
-use crate::translate::dispatch::{Translator, enter_thread};
+use crate::translate::dispatch::{Translate, Translator, enter_thread};
 
 /// CPUID leaf with the physical address width.
 const ADDRESS_SIZES: u32 = 0x8000_0008;
@@ -47,7 +47,7 @@ impl Kick for SoftKick {
 }
 
 impl SoftVcpu {
-    /// A vCPU in its reset state. It translates if it has room for so many bytes of code, else it only interprets.
+    /// A vCPU in its reset state. `code_bytes` is the room for translated code.
     ///
     /// # Errors
     /// The host has no memory for generated code.
@@ -55,15 +55,13 @@ impl SoftVcpu {
         shared: Arc<Shared>,
         id: VcpuId,
         cpuid: &CpuidTable,
-        code_bytes: Option<usize>,
+        translate: Translate,
+        code_bytes: usize,
     ) -> engine::Result<Self> {
         let thunks = Thunks::new().map_err(|error| EngineError::Unsupported(error.to_string()))?;
-        let translator = match code_bytes.map(Translator::new).transpose() {
-            Ok(translator) => translator.flatten().map(Box::new),
-            Err(source) => {
-                return Err(EngineError::Host { what: "mapping memory for translated code", source });
-            }
-        };
+        let translator = Translator::new(translate, code_bytes)
+            .map_err(|source| EngineError::Host { what: "mapping memory for translated code", source })?
+            .map(Box::new);
         // SAFETY: a vCPU is made once (see `SoftVm::soft_vcpu`).
         let user = unsafe { Owner::new(shared.vcpus[id as usize].area.clone()) };
         let bits = cpuid.lookup(ADDRESS_SIZES, 0).eax & 0xff;

@@ -14,7 +14,7 @@ use crate::chips::timers::AlarmThread;
 use crate::chips::{Chips, ChipsConfig};
 use crate::memory::RamSlot;
 use crate::shared::{Doorbells, MachineTime, Shared, VcpuShared, lock};
-use crate::translate::dispatch::CODE_BYTES;
+use crate::translate::dispatch::{CODE_BYTES, Translate};
 use crate::vcpu::SoftVcpu;
 
 /// A machine of the software engine.
@@ -23,8 +23,8 @@ pub struct SoftVm {
     /// Rings while the machine exists.
     _alarm: AlarmThread,
     created: Mutex<Vec<bool>>,
-    /// Whether code is translated or only interpreted.
-    translate: bool,
+    /// What is translated.
+    translate: Translate,
 }
 
 impl SoftVm {
@@ -49,16 +49,18 @@ impl SoftVm {
         Ok(SoftVm { shared, _alarm: alarm, created, translate })
     }
 
-    /// Reads the engine's own options: whether to translate.
-    fn options(options: &[(String, String)]) -> Result<bool> {
-        let mut translate = true;
+    /// Reads the engine's own options: what is translated.
+    fn options(options: &[(String, String)]) -> Result<Translate> {
+        let mut translate = Translate::Hot;
         for (name, value) in options {
             translate = match (name.as_str(), value.as_str()) {
-                ("translate", "on" | "yes" | "true" | "1") => true,
-                ("translate", "off" | "no" | "false" | "0") => false,
+                ("translate", "on" | "yes" | "true" | "1") => Translate::Hot,
+                ("translate", "off" | "no" | "false" | "0") => Translate::Nothing,
+                ("translate", "always") => Translate::Everything,
                 ("translate", _) => {
                     return Err(EngineError::Unsupported(format!(
-                        "soft.translate={value}: give on (the default) or off (everything is interpreted)"
+                        "soft.translate={value}: give on (the default), off (everything is interpreted) or always (no \
+                         block is interpreted first)"
                     )));
                 }
                 _ => {
@@ -84,8 +86,8 @@ impl SoftVm {
                 return Err(EngineError::InvalidState(format!("vCPU {id} is beyond the number announced")));
             }
         }
-        let code_bytes = self.translate.then(|| CODE_BYTES / created.len());
-        SoftVcpu::new(self.shared.clone(), id, cpuid, code_bytes)
+        let code_bytes = CODE_BYTES / created.len();
+        SoftVcpu::new(self.shared.clone(), id, cpuid, self.translate, code_bytes)
     }
 
     fn no_slot<T>(slot: u32) -> Result<T> {

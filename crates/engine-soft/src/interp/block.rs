@@ -59,6 +59,10 @@ impl Extent {
         unsafe { &*self.cell }.load(Ordering::Acquire) == self.generation.load(Ordering::Relaxed)
     }
 
+    fn copy(&self) -> Extent {
+        Extent { generation: AtomicU32::new(self.generation.load(Ordering::Relaxed)), ..*self }
+    }
+
     fn take_generation(&self, from: &Extent) {
         self.generation.store(from.generation.load(Ordering::Relaxed), Ordering::Relaxed);
     }
@@ -79,6 +83,20 @@ impl Block {
     /// How many of its bytes are in the page where it begins.
     pub fn bytes_in_first_page(&self) -> usize {
         self.bytes.len().min((PAGE_SIZE - (self.first.gpa & PAGE_MASK)) as usize)
+    }
+
+    /// A block of its first instruction alone. What its operation refers to belongs to `self`.
+    pub fn first_instruction(&self) -> Block {
+        let len = self.ops.first().map_or(0, |op| usize::from(op.len));
+        Block {
+            ops: self.ops.iter().take(1).copied().collect(),
+            instructions: Vec::new(),
+            thunks: Vec::new(),
+            bytes: self.bytes[..len].into(),
+            first: self.first.copy(),
+            second: self.second.as_ref().map(Extent::copy),
+            heat: AtomicU32::new(0),
+        }
     }
 
     /// Another block, which is current, was decoded from the same bytes at the same places: then so is this one.

@@ -34,10 +34,7 @@ impl Cpu {
                 self.deliver_traps()
             }
             Err(_) => {
-                let mut exception = self.fault;
-                if self.fault_noncanonical && self.faulting_through_stack() {
-                    exception = Exception::with_code(Vector::StackFault, 0);
-                }
+                let exception = self.raised_exception();
                 self.pending_debug = 0;
                 let breakpoint = exception.vector == Vector::Debug;
                 if !breakpoint {
@@ -55,12 +52,15 @@ impl Cpu {
     /// The exception; registers are as the instruction left them.
     pub fn step(&mut self) -> Result<(), Exception> {
         self.single_step = false;
-        self.find_and_run(1).map_err(|_| {
-            if self.fault_noncanonical && self.faulting_through_stack() {
-                return Exception::with_code(Vector::StackFault, 0);
-            }
-            self.fault
-        })
+        self.find_and_run(1).map_err(|_| self.raised_exception())
+    }
+
+    /// The exception that was just raised, with #SS in place of #GP where the stack was accessed.
+    pub fn raised_exception(&self) -> Exception {
+        if self.fault_noncanonical && self.faulting_through_stack() {
+            return Exception::with_code(Vector::StackFault, 0);
+        }
+        self.fault
     }
 
     fn deliver_traps(&mut self) -> Result<(), TripleFault> {

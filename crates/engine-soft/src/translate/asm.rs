@@ -119,6 +119,17 @@ impl Asm {
         self.code.extend_from_slice(bytes);
     }
 
+    /// This point, for [`Asm::back_to`].
+    pub fn mark(&self) -> (usize, usize) {
+        (self.code.len(), self.fixups.len())
+    }
+
+    /// Drops what was assembled since a mark. Labels that were bound since then are not to be used.
+    pub fn back_to(&mut self, (code, fixups): (usize, usize)) {
+        self.code.truncate(code);
+        self.fixups.truncate(fixups);
+    }
+
     /// A label without a place yet.
     pub fn label(&mut self) -> Label {
         self.labels.push(None);

@@ -76,6 +76,8 @@ pub(super) struct Builder<'a> {
     faults: Vec<(u64, Label)>,
     first_site: u32,
     first_link: u32,
+    /// The encoder refused the present instruction.
+    refused: bool,
     /// Where the flags are at this point.
     pub flags: Place,
     /// The instruction being translated, and its place.
@@ -111,6 +113,7 @@ pub fn translate(
         faults: Vec::new(),
         first_site: cache.next_site(),
         first_link: cache.next_link(),
+        refused: false,
         flags: Place::Host,
         current: 0,
         offset: 0,
@@ -200,8 +203,10 @@ impl Builder<'_> {
             _ => return Class::Interpret,
         }
         match instruction.mnemonic() {
-            Nop | Endbr32 | Endbr64 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchw
-            | Prefetch | Prefetchwt1 => return Class::Nothing,
+            Nop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Prefetcht0 | Prefetcht1 | Prefetcht2
+            | Prefetchnta | Prefetchw | Prefetch | Prefetchwt1 => return Class::Nothing,
+            // On some processors undefined.
+            Reservednop => return Class::Interpret,
             Push => return self.classify_push(instruction),
             Pop if instruction.op0_kind() == OpKind::Register && wide(instruction.op0_register()) => {
                 return Class::Pop;
@@ -423,6 +428,29 @@ impl Builder<'_> {
 
     /// Emits one instruction; returns whether the block ends with it.
     fn instruction(&mut self, instruction: &Instruction, class: Class, last: bool) -> bool {
+        let before = (
+            self.asm.mark(),
+            self.cold.len(),
+            self.sites.len(),
+            self.links.len(),
+            self.faults.len(),
+            self.flags,
+        );
+        let ended = self.emit(instruction, class, last);
+        if !std::mem::take(&mut self.refused) {
+            return ended;
+        }
+        // Without a host encoding it is the interpreter's.
+        self.asm.back_to(before.0);
+        self.cold.truncate(before.1);
+        self.sites.truncate(before.2);
+        self.links.truncate(before.3);
+        self.faults.truncate(before.4);
+        self.flags = before.5;
+        self.emit(instruction, Class::Interpret, last)
+    }
+
+    fn emit(&mut self, instruction: &Instruction, class: Class, last: bool) -> bool {
         match class {
             Class::Nothing => false,
             Class::Plain => {
@@ -580,9 +608,9 @@ impl Builder<'_> {
                 self.asm.bytes(&bytes);
             }
             Err(error) => {
-                tracing::error!("cannot encode {:?}: {error}", instruction.code());
+                tracing::debug!("not translated: {:?}: {error}", instruction.code());
                 drop(self.encoder.take_buffer());
-                self.asm.ud2();
+                self.refused = true;
             }
         }
     }

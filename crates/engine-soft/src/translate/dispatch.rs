@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
+use x86::Exception;
 
 use super::block::{is_supported, translate};
 use super::cache::{AddressSource, Cache, Purpose, Site, Variant};
@@ -25,11 +26,24 @@ const ALL_MASKED: u32 = 0x1f80;
 /// Code memory of a machine, shared out among its vCPUs.
 pub const CODE_BYTES: usize = 128 << 20;
 
+/// What is translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Translate {
+    /// Nothing: everything is interpreted.
+    Nothing,
+    /// What runs often.
+    Hot,
+    /// Everything, before it runs for the first time: for tests.
+    Everything,
+}
+
 /// One vCPU's translator.
 pub struct Translator {
     cache: Cache,
     encoder: Encoder,
     info: InstructionInfoFactory,
+    /// How often a block is interpreted before it is translated.
+    hot: u32,
     /// What the jump targets of each privilege were entered for.
     variants: [Option<Variant>; 3],
     /// The branch through which translated code was left and where it leads.
@@ -39,11 +53,17 @@ pub struct Translator {
 }
 
 impl Translator {
-    /// A translator with room for `code_bytes` of code; `None` on a host whose processor is too old.
+    /// A translator with room for `code_bytes` of code; `None` if nothing is to be translated, or the host's processor is
+    /// too old.
     ///
     /// # Errors
     /// The host refuses executable memory or signal handlers.
-    pub fn new(code_bytes: usize) -> io::Result<Option<Self>> {
+    pub fn new(translate: Translate, code_bytes: usize) -> io::Result<Option<Self>> {
+        let hot = match translate {
+            Translate::Nothing => return Ok(None),
+            Translate::Hot => HOT,
+            Translate::Everything => 0,
+        };
         if !is_supported() {
             return Ok(None);
         }
@@ -51,6 +71,7 @@ impl Translator {
             cache: Cache::new(code_bytes, slow_path)?,
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
+            hot,
             variants: [None; 3],
             unlinked: None,
             raised: false,
@@ -63,6 +84,15 @@ pub fn enter_thread(area: u64) {
     const ARCH_SET_GS: libc::c_int = 0x1001;
     // SAFETY: nothing in this process but translated code uses GS.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, area) };
+}
+
+/// The GS base of the calling thread.
+fn thread_gs() -> u64 {
+    const ARCH_GET_GS: libc::c_int = 0x1004;
+    let mut base = 0u64;
+    // SAFETY: the kernel writes one word to the address.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_GET_GS, &raw mut base) };
+    base
 }
 
 impl Cpu {
@@ -130,7 +160,7 @@ impl Cpu {
                 return Some(unit);
             }
         }
-        if block.heat() < HOT {
+        if block.heat() < self.translator.as_ref()?.hot {
             return None;
         }
         let block = self.blocks.shared(block)?;
@@ -151,6 +181,31 @@ impl Cpu {
             PRIVILEGES.into_iter().for_each(|privilege| self.user.targets().empty(privilege));
         }
         None
+    }
+
+    /// As [`Cpu::step`], by a translation of the one instruction; `None` if the present state has to be interpreted. `way`
+    /// chooses the entry. For tests.
+    ///
+    /// # Errors
+    /// The exception; registers are as the instruction left them.
+    pub fn step_translated(&mut self, way: usize) -> Option<Result<(), Exception>> {
+        let variant = self.variant()?;
+        let before = thread_gs();
+        enter_thread(self.user.area().base());
+        let result = self.enter_one(variant, way);
+        enter_thread(before);
+        Some(result.map_err(|_| self.raised_exception()))
+    }
+
+    fn enter_one(&mut self, variant: Variant, way: usize) -> R<()> {
+        let whole = self.find_block()?;
+        // SAFETY: the block is alive until the cache is changed, which only this thread does.
+        let one = Arc::new(unsafe { &*whole }.first_instruction());
+        let Some(unit) = self.translate_block(&one, variant) else { return Ok(()) };
+        let Some(translator) = &self.translator else { return Ok(()) };
+        let unit = translator.cache.unit(unit);
+        let entries = [unit.entry_memory, unit.entry_host, unit.entry_both];
+        self.enter(variant.kind(), entries[way % entries.len()])
     }
 
     /// The page at a guest-physical address was written: translations of it are looked at again before they run.
