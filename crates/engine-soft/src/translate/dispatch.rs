@@ -18,7 +18,7 @@ use crate::mmu::{Access, Place};
 use crate::tlb::{PRIVILEGES, Privilege};
 
 /// How often a block is interpreted before it is translated.
-const HOT: u32 = 8;
+const HOT: u32 = 1;
 /// MXCSR of Rust code: everything masked, round to nearest.
 const HOST_MXCSR: u32 = 0x1f80;
 /// The exception masks of MXCSR.
