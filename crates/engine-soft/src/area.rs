@@ -11,7 +11,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
-use crate::tlb::Tables;
+use crate::tlb::{Privilege, Tables};
+use crate::translate::cache::Epoch;
 use crate::translate::targets::Targets;
 use crate::user::UserRegs;
 
@@ -26,10 +27,19 @@ pub struct RunState {
     pub destination: u64,
     /// Where translated code goes on after Rust code ran.
     pub resume: u64,
+    /// Stack pointer of Rust code, while translated code has its own stack.
+    pub host_stack: u64,
+    /// Stack pointer of translated code, while Rust code runs.
+    pub shadow_stack: u64,
+    /// Where the stack of translated code begins.
+    pub shadow_top: u64,
     /// The [`crate::cpu::Cpu`], for calls from generated code.
     pub cpu: u64,
     /// MXCSR of Rust code.
     pub host_mxcsr: u32,
+    /// Numbers of the present mapping of code: of all pages, of global pages. A branch from page to page holds while the
+    /// number is the one it was linked for.
+    pub epochs: [u32; 2],
     /// The branch that translated code was left through, if it can be linked; else [`NO_LINK`].
     pub link: u32,
 }
@@ -48,11 +58,25 @@ pub struct Front {
     pub attention: AtomicU32,
 }
 
+/// Bytes of the stack that translated code has: return addresses of guest code and of host code in pairs.
+const SHADOW_BYTES: usize = 64 << 10;
+
+/// The stack of translated code. It grows into the guard, which faults, and then begins anew.
+#[repr(C, align(4096))]
+pub struct Shadow {
+    guard: [u8; 4096],
+    words: [u64; SHADOW_BYTES / 8],
+    /// What is found where nothing has been pushed: an address to return to, and a RIP that is none.
+    bottom: [u64; 512],
+}
+
 /// The whole mapping.
 #[repr(C)]
 pub struct Layout {
     /// Registers and words.
     pub front: Front,
+    /// Return addresses.
+    pub shadow: Shadow,
     /// TLB.
     pub tlb: Tables,
     /// Known targets of jumps.
@@ -118,6 +142,12 @@ impl Area {
         // registers and the first entries of the tables.
         unsafe { std::ptr::write(&raw mut (*base.as_ptr()).front.user, UserRegs::default()) };
         area.tlb().init();
+        // SAFETY: a field of the mapping that no reference leads to.
+        let guard = unsafe { &raw mut (*base.as_ptr()).shadow.guard };
+        // SAFETY: whole pages of the mapping.
+        if unsafe { libc::mprotect(guard.cast(), size_of::<[u8; 4096]>(), libc::PROT_NONE) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
         Ok(area)
     }
 
@@ -167,6 +197,35 @@ impl Owner {
     pub fn run(&mut self) -> &mut RunState {
         // SAFETY: only the owner touches them, and it is borrowed.
         unsafe { &mut (*self.0.base.as_ptr()).front.run }
+    }
+
+    /// The mapping that a branch to `rip` can be linked for: until it ends, the page of `rip` stays where it is.
+    pub fn epoch(&mut self, privilege: Privilege, rip: u64, global: bool) -> Epoch {
+        self.targets().note_page(privilege, rip);
+        let index = usize::from(global);
+        let offset = run_offset!(epochs) + size_of::<u32>() as i32 * index as i32;
+        Epoch { offset, number: self.run().epochs[index] }
+    }
+
+    /// The mapping of code changes; that of global pages only if not `keep_global`.
+    pub fn end_epoch(&mut self, keep_global: bool) {
+        let epochs = &mut self.run().epochs;
+        // A number comes again only after four thousand million changes: no branch waits that long for its page to come back.
+        epochs[0] = epochs[0].wrapping_add(1);
+        if !keep_global {
+            epochs[1] = epochs[1].wrapping_add(1);
+        }
+    }
+
+    /// Prepares the stack of translated code: with nothing on it, a return leads to `nowhere`.
+    pub fn prepare_shadow(&mut self, nowhere: u64) {
+        /// Not canonical, so no return address.
+        const NO_RIP: u64 = 1 << 63;
+        // SAFETY: only the owner touches it, and it is borrowed.
+        let bottom = unsafe { &mut (*self.0.base.as_ptr()).shadow.bottom };
+        bottom[0] = nowhere;
+        bottom[1] = NO_RIP;
+        self.run().shadow_top = bottom.as_ptr() as u64;
     }
 
     /// The table of jump targets.

@@ -343,6 +343,16 @@ impl Asm {
         }
     }
 
+    /// CMP of 32 bits of the area with an immediate that is not shortened; returns where the offset and the immediate are, so
+    /// that both can be changed later.
+    pub fn cmp_area_wide(&mut self, offset: i32, value: u32) -> (usize, usize) {
+        self.code.extend_from_slice(&[0x65, 0x81, 0x3c, 0x25]);
+        let place = self.code.len();
+        self.code.extend_from_slice(&offset.to_le_bytes());
+        self.code.extend_from_slice(&value.to_le_bytes());
+        (place, place + 4)
+    }
+
     /// SHL by an immediate.
     pub fn shl(&mut self, width: Width, to: Reg, count: u8) {
         self.modrm(&[], width, &[0xc1], 4, Rm::Reg(to));
@@ -395,6 +405,12 @@ impl Asm {
     /// JMP to a label.
     pub fn jmp(&mut self, label: Label) {
         self.code.push(0xe9);
+        self.relative(label);
+    }
+
+    /// CALL of a label.
+    pub fn call(&mut self, label: Label) {
+        self.code.push(0xe8);
         self.relative(label);
     }
 

@@ -16,7 +16,7 @@ use iced_x86::{
 use x86::paging::PAGE_SIZE;
 
 use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
-use super::cache::{AddressSource, Cache, Link, NewUnit, Purpose, Site, Variant};
+use super::cache::{AddressSource, Cache, Guard, Link, NewUnit, Purpose, Site, Variant};
 use super::flags::{Place, Use, usage};
 use super::registers::{T0, T1, home, is_high_byte, part};
 use super::runtime::{self, Kind, Routines};
@@ -59,6 +59,21 @@ enum Cold {
     Exit { label: Label, offset: i32 },
     /// Leaves likewise, asking for a link.
     Unlinked { label: Label, link: u32, offset: i32, flags: Place },
+    /// The stack of translated code is full: it begins anew, and the push is tried again.
+    FullStack { label: Label, again: Label },
+    /// Where a jump leads that something else keeps from being taken.
+    Never { label: Label },
+}
+
+/// A [`Link`] before addresses are known.
+#[derive(Clone, Copy)]
+struct NewLink {
+    unlinked: Label,
+    /// Offset of the rel32 in the code.
+    field: usize,
+    flags: Place,
+    /// Offsets of the fields of its [`Guard`].
+    guard: Option<(usize, usize)>,
 }
 
 /// A block's translation under construction.
@@ -72,7 +87,7 @@ pub(super) struct Builder<'a> {
     block: &'a Block,
     cold: Vec<Cold>,
     sites: Vec<(Site, Option<Label>, Option<Label>)>,
-    links: Vec<(Label, usize, Place)>,
+    links: Vec<NewLink>,
     faults: Vec<(u64, Label)>,
     first_site: u32,
     first_link: u32,
@@ -352,6 +367,15 @@ impl Builder<'_> {
         label
     }
 
+    /// Pushes a register on the stack of translated code.
+    pub fn push_shadow(&mut self, register: Reg) {
+        let (again, full) = (self.asm.label(), self.asm.label());
+        self.asm.bind(again);
+        self.faults.push((self.asm.address(), full));
+        self.asm.push(register);
+        self.cold.push(Cold::FullStack { label: full, again });
+    }
+
     /// A cold stub that leaves with RIP at an offset of the page; the flags have to be in memory.
     pub fn exit(&mut self, offset: i64) -> Label {
         let label = self.asm.label();
@@ -365,8 +389,28 @@ impl Builder<'_> {
         emit(&mut self.asm, label);
         let number = self.first_link + self.links.len() as u32;
         // The rel32 is the last field of the jump.
-        self.links.push((label, self.asm.len() - 4, self.flags));
+        self.links.push(NewLink { unlinked: label, field: self.asm.len() - 4, flags: self.flags, guard: None });
         self.cold.push(Cold::Unlinked { label, link: number, offset: offset as i32, flags: self.flags });
+    }
+
+    /// A branch into another page, `delta` bytes from here; the flags have to be in memory, the host's are lost. `emit` writes
+    /// the jump or call to the label it gets.
+    pub fn link_to_page(&mut self, offset: i64, emit: impl FnOnce(&mut Asm, Label)) {
+        self.clobber_flags();
+        let unlinked = self.asm.label();
+        let guard = self.asm.cmp_area_wide(run_offset!(epochs), 0);
+        self.asm.jcc(cond::NE, unlinked);
+        let page = offset & !(PAGE_SIZE as i64 - 1);
+        self.load_rip(T0, page);
+        self.asm.store(Width::W64, Rm::Area(run_offset!(page)), T0);
+        let label = self.asm.label();
+        emit(&mut self.asm, label);
+        let field = self.asm.len() - 4;
+        let number = self.first_link + self.links.len() as u32;
+        self.links.push(NewLink { unlinked, field, flags: self.flags, guard: Some(guard) });
+        // The jump itself is not reached before it is linked.
+        self.cold.push(Cold::Unlinked { label: unlinked, link: number, offset: offset as i32, flags: self.flags });
+        self.cold.push(Cold::Never { label });
     }
 
     fn finish(mut self, block: Arc<Block>, entry_host: u64, entry_memory: u64, entry_both: u64) -> NewUnit {
@@ -390,6 +434,15 @@ impl Builder<'_> {
                     let host = flags != Place::Memory;
                     self.asm.jmp_to(if host { self.routines.exit_host_flags } else { self.routines.exit });
                 }
+                Cold::FullStack { label, again } => {
+                    self.asm.bind(label);
+                    self.asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
+                    self.asm.jmp(again);
+                }
+                Cold::Never { label } => {
+                    self.asm.bind(label);
+                    self.asm.ud2();
+                }
             }
         }
         let place = |label: Label| self.asm.offset_of(label).map_or(0, |offset| base + offset as u64);
@@ -408,7 +461,15 @@ impl Builder<'_> {
         let links = self
             .links
             .iter()
-            .map(|(label, field, flags)| Link::new(base + *field as u64, place(*label), *flags))
+            .map(|new| Link {
+                field: base + new.field as u64,
+                unlinked: place(new.unlinked),
+                flags: new.flags,
+                guard: new.guard.map(|(offset, number)| Guard {
+                    offset: base + offset as u64,
+                    number: base + number as u64,
+                }),
+            })
             .collect();
         let faults = self.faults.iter().map(|(at, label)| (*at, place(*label))).collect();
         NewUnit {

@@ -113,15 +113,26 @@ pub struct Link {
     pub unlinked: u64,
     /// Where the flags are when it is taken.
     pub flags: Place,
-    /// The unit it is linked to.
-    target: Option<u32>,
+    /// For a branch into another page, the comparison before it, which says whether the link still holds.
+    pub guard: Option<Guard>,
 }
 
-impl Link {
-    /// A branch that is not linked.
-    pub fn new(field: u64, unlinked: u64, flags: Place) -> Self {
-        Link { field, unlinked, flags, target: None }
-    }
+/// The fields of a comparison of a mapping's number (`RunState::epochs`) with the one that a branch was linked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Guard {
+    /// Address of the offset of the number.
+    pub offset: u64,
+    /// Address of the immediate.
+    pub number: u64,
+}
+
+/// The mapping that a link holds for.
+#[derive(Clone, Copy, Debug)]
+pub struct Epoch {
+    /// Where its number is, relative to GS.
+    pub offset: i32,
+    /// The number.
+    pub number: u32,
 }
 
 /// All of one vCPU's translations.
@@ -226,36 +237,37 @@ impl Cache {
         Some(number)
     }
 
-    /// Makes a branch lead straight to a unit.
-    pub fn link(&mut self, link: u32, unit: u32) {
-        let entry = {
-            let target = &self.units[unit as usize];
-            match self.links[link as usize].flags {
-                Place::Host => target.entry_host,
-                Place::Memory => target.entry_memory,
-                Place::Both => target.entry_both,
-            }
+    /// Makes a branch lead straight to a unit, as long as `epoch` lasts if it is one into another page.
+    pub fn link(&mut self, link: u32, unit: u32, epoch: Epoch) {
+        let record = self.links[link as usize];
+        let target = &mut self.units[unit as usize];
+        let entry = match record.flags {
+            Place::Host => target.entry_host,
+            Place::Memory => target.entry_memory,
+            Place::Both => target.entry_both,
         };
-        let record = &mut self.links[link as usize];
-        if record.target.is_some() {
-            return;
+        target.incoming.push(link);
+        if let Some(guard) = record.guard {
+            self.arena.patch(guard.offset, epoch.offset.to_le_bytes());
+            self.arena.patch(guard.number, epoch.number.to_le_bytes());
         }
-        record.target = Some(unit);
-        let field = record.field;
-        self.units[unit as usize].incoming.push(link);
-        self.arena.patch(field, (entry.wrapping_sub(field + 4) as u32).to_le_bytes());
+        self.lead(record.field, entry);
+    }
+
+    /// Makes the branch whose rel32 is at `field` go to `target`.
+    fn lead(&mut self, field: u64, target: u64) {
+        self.arena.patch(field, (target.wrapping_sub(field + 4) as u32).to_le_bytes());
     }
 
     /// The page may have changed: no branch leads straight to a unit of it any more. Returns whether there is one.
     pub fn suspend_page(&mut self, gpa: u64) -> bool {
         let Some(numbers) = self.by_page.get(&(gpa >> 12)) else { return false };
-        for number in numbers {
-            for link in std::mem::take(&mut self.units[*number as usize].incoming) {
-                let record = &mut self.links[link as usize];
-                record.target = None;
-                let (field, unlinked) = (record.field, record.unlinked);
-                self.arena.patch(field, (unlinked.wrapping_sub(field + 4) as u32).to_le_bytes());
-            }
+        let units = &mut self.units;
+        let links: Vec<u32> =
+            numbers.iter().flat_map(|number| std::mem::take(&mut units[*number as usize].incoming)).collect();
+        for link in links {
+            let Link { field, unlinked, .. } = self.links[link as usize];
+            self.lead(field, unlinked);
         }
         true
     }

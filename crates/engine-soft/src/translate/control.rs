@@ -5,8 +5,9 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, OpKind};
 use x86::paging::PAGE_SIZE;
 
-use super::asm::{Alu, Label, Rm, Width, cond};
+use super::asm::{Address, Alu, Label, Reg, Rm, Width, cond};
 use super::block::{Builder, SitePurpose};
+use super::flags::Place;
 use super::memory::Operand;
 use super::registers::{T0, T1};
 use super::targets::{INDEX_BITS, MIX_SHIFT, Table, Target};
@@ -32,8 +33,11 @@ impl Builder<'_> {
             self.link(offset, |asm, label| asm.jmp(label));
         } else {
             self.save_flags();
-            self.load_rip(T0, offset);
-            self.go_to_known_target();
+            if offset < 0 {
+                let exit = self.exit(offset);
+                self.check_attention(exit);
+            }
+            self.link_to_page(offset, |asm, label| asm.jmp(label));
         }
     }
 
@@ -62,23 +66,40 @@ impl Builder<'_> {
         self.push_return_address(instruction);
         let target = instruction.near_branch_target() as i64;
         if Self::in_page(target) {
-            self.link(target, |asm, label| asm.jmp(label));
+            self.link(target, |asm, label| asm.call(label));
         } else {
-            self.load_rip(T0, target);
-            self.go_to_known_target();
+            self.link_to_page(target, |asm, label| asm.call(label));
         }
+        self.return_point(instruction);
     }
 
+    /// The return address to the guest's stack, and, as the first of a pair, to that of translated code. The second is what
+    /// the host's CALL pushes.
     fn push_return_address(&mut self, instruction: &Instruction) {
         self.lookup(Operand::Stack(-8), 8, true, None);
-        self.asm.lea(
-            Width::W64,
-            T0,
-            super::asm::Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 },
-        );
+        self.asm.lea(Width::W64, T0, Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 });
         self.load_rip(T1, instruction.next_ip() as i64);
-        self.asm.store(Width::W64, Rm::Memory(super::asm::Address::base(T0, 0)), T1);
+        self.push_shadow(T1);
+        self.asm.store(Width::W64, Rm::Memory(Address::base(T0, 0)), T1);
         self.move_stack(-8);
+    }
+
+    /// Where a RET comes back to, with the return address in [`T0`].
+    fn return_point(&mut self, instruction: &Instruction) {
+        self.asm.lea(Width::W64, Reg::RSP, Address::base(Reg::RSP, 8));
+        self.enter_page_of_target();
+        // The page is that of the instruction after the call, which may be the next one.
+        let next = instruction.next_ip() as i64;
+        let in_its_page = next & (PAGE_SIZE as i64 - 1);
+        self.flags = Place::Memory;
+        if Self::in_page(next) {
+            self.link(next, |asm, label| asm.jmp(label));
+        } else {
+            self.asm.mov_simm32(T1, in_its_page as i32);
+            self.asm.alu(Alu::Add, Width::W64, T1, Rm::Area(run_offset!(page)));
+            self.asm.mov(T0, T1);
+            self.go_to_known_target();
+        }
     }
 
     /// JMP or CALL through a register or memory.
@@ -101,7 +122,8 @@ impl Builder<'_> {
             self.push_return_address(instruction);
             self.asm.load(Width::W64, T0, Rm::Area(run_offset!(temporary)));
             self.enter_page_of_target();
-            self.asm.jmp_rm(Rm::Area(run_offset!(destination)));
+            self.asm.call_rm(Rm::Area(run_offset!(destination)));
+            self.return_point(instruction);
         } else {
             self.jump_to_found_target();
         }
@@ -112,9 +134,17 @@ impl Builder<'_> {
         self.save_flags();
         self.lookup(Operand::Stack(0), 8, false, None);
         Self::load_found(&mut self.asm, T0);
+        let arguments = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
+        let not_paired = self.asm.label();
+        self.asm.alu(Alu::Cmp, Width::W64, T0, Rm::Memory(Address::base(Reg::RSP, 8)));
+        self.asm.jcc(cond::NE, not_paired);
+        self.move_stack(8 + arguments);
+        self.asm.ret();
+        // Not the return of the last call: what is on the stack will not be returned to either.
+        self.asm.bind(not_paired);
+        self.asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
         let unknown = self.site(SitePurpose::Interpret, None);
         self.find_target(unknown);
-        let arguments = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
         self.move_stack(8 + arguments);
         self.jump_to_found_target();
     }

@@ -15,7 +15,7 @@ use crate::cpu::{Cpu, Mode, R, Raised, gpr};
 use crate::interp::block::Block;
 use crate::interp::op::Flow;
 use crate::mmu::{Access, Place};
-use crate::tlb::{PRIVILEGES, Privilege};
+use crate::tlb::Privilege;
 
 /// How often a block is interpreted before it is translated.
 const HOT: u32 = 1;
@@ -136,7 +136,11 @@ impl Cpu {
             // What spans pages depends on the mapping of both, so it is only entered by its linear address.
             Some((link, _)) if !spans => {
                 self.counters.links += 1;
-                translator.cache.link(link, unit);
+                let global = self.is_global_code(rip);
+                let epoch = self.user.epoch(privilege, rip, global);
+                if let Some(translator) = &mut self.translator {
+                    translator.cache.link(link, unit, epoch);
+                }
             }
             _ => {
                 let global = self.is_global_code(rip);
@@ -178,7 +182,8 @@ impl Cpu {
             }
             // No room: start over. Nothing of the old code runs now.
             cache.clear();
-            PRIVILEGES.into_iter().for_each(|privilege| self.user.targets().empty(privilege));
+            self.user.targets().forget_everything();
+            self.user.end_epoch(false);
         }
         None
     }
@@ -221,15 +226,15 @@ impl Cpu {
         self.blocks.flush_linear();
         if keep_global {
             self.user.targets().forget_local();
+            self.user.end_epoch(true);
         } else {
             self.forget_targets();
         }
     }
 
     fn forget_targets(&mut self) {
-        for privilege in PRIVILEGES {
-            self.user.targets().empty(privilege);
-        }
+        self.user.targets().forget_everything();
+        self.user.end_epoch(false);
     }
 
     /// Forgets the translation of one linear page.
@@ -237,7 +242,9 @@ impl Cpu {
         self.counters.tlb_flushes += 1;
         self.tlb().flush_page(linear);
         self.blocks.flush_linear();
-        self.user.targets().forget_page(linear);
+        if self.user.targets().forget_page(linear) {
+            self.user.end_epoch(false);
+        }
     }
 
     /// Forgets all translations. Not to be called from within translated code.
@@ -259,11 +266,12 @@ impl Cpu {
         run.link = NO_LINK;
         let Some(translator) = &mut self.translator else { return Ok(()) };
         translator.raised = false;
-        let routine = translator.cache.routines(kind).enter;
+        let routines = translator.cache.routines(kind);
+        self.user.prepare_shadow(routines.exit_to);
         // SAFETY: the routine was generated with this signature; it keeps to the calling convention, and `code` is an entry
         // of a unit in the same code memory. Rust code that it calls has the vCPU by `this`, which is not used meanwhile.
         unsafe {
-            let enter: extern "C" fn(u64) = std::mem::transmute(routine);
+            let enter: extern "C" fn(u64) = std::mem::transmute(routines.enter);
             enter(code);
         }
         let (link, rip) = (self.user.run().link, self.user.rip);

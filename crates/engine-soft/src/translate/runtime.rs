@@ -5,10 +5,11 @@
 //!   on the way out, so that it uses them freely;
 //! - *system* code runs without; what it does with vector registers is interpreted.
 //!
-//! Registers while translated code runs: see [`super::registers`]; RSP is the stack of the Rust code that entered, GS the
-//! vCPU's area. Nothing of Rust is in a register that is not saved here.
+//! Registers while translated code runs: see [`super::registers`]; RSP is a stack of its own, on which guest calls and returns
+//! are paired so that the host's processor predicts them; GS is the vCPU's area. Nothing of Rust is in a register that is
+//! not saved here.
 
-use super::asm::{Alu, Asm, Reg, Rm, Width, cond};
+use super::asm::{Address, Alu, Asm, Reg, Rm, Width, cond};
 use super::registers::{T0, T1, home};
 use crate::area::{gpr_offset, run_offset, user_offset};
 use crate::cpu::Cpu;
@@ -40,6 +41,9 @@ pub struct Routines {
     pub exit_to: u64,
 }
 
+/// Words of a pair on the stack of translated code.
+pub const PAIR_BYTES: i32 = 16;
+
 /// Called for a site: returns where the code goes on, or 0 to leave.
 pub type SlowPath = extern "C" fn(cpu: *mut Cpu, site: u32) -> u64;
 
@@ -52,7 +56,9 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
         asm.push(register);
     }
     // Calls from here want the stack aligned.
-    asm.lea(Width::W64, Reg::RSP, super::asm::Address::base(Reg::RSP, -8));
+    asm.lea(Width::W64, Reg::RSP, Address::base(Reg::RSP, -8));
+    asm.store(Width::W64, Rm::Area(run_offset!(host_stack)), Reg::RSP);
+    asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
     asm.store(Width::W64, Rm::Area(run_offset!(resume)), Reg::RDI);
     asm.bind(reload);
     if kind == Kind::User {
@@ -71,15 +77,19 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
 
     let slow = asm.address();
     save_registers(asm, kind);
+    asm.store(Width::W64, Rm::Area(run_offset!(shadow_stack)), Reg::RSP);
+    asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(host_stack)));
     asm.load(Width::W64, Reg::RDI, Rm::Area(run_offset!(cpu)));
     asm.load(Width::W32, Reg::RSI, Rm::Reg(T1));
     asm.mov_imm64(Reg::RAX, slow_path as usize as u64);
     asm.call_rm(Rm::Reg(Reg::RAX));
+    asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_stack)));
     asm.store(Width::W64, Rm::Area(run_offset!(resume)), Reg::RAX);
     asm.alu_imm(Alu::Cmp, Width::W64, Rm::Reg(Reg::RAX), 0);
     asm.jcc(cond::NE, reload);
     asm.bind(leave);
-    asm.lea(Width::W64, Reg::RSP, super::asm::Address::base(Reg::RSP, 8));
+    asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(host_stack)));
+    asm.lea(Width::W64, Reg::RSP, Address::base(Reg::RSP, 8));
     for register in CALLEE_SAVED.iter().rev() {
         asm.pop(*register);
     }

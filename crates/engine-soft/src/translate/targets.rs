@@ -70,10 +70,15 @@ impl Targets {
     pub fn insert(&mut self, privilege: Privilege, rip: u64, host: u64, global: bool) {
         let table = &mut self.0[privilege as usize];
         table.entries[index_of(rip)] = Target { rip, host };
-        let (word, bit) = filter_bit(rip);
-        table.filter[word] |= bit;
         table.used = true;
         table.local |= !global;
+        self.note_page(privilege, rip);
+    }
+
+    /// Remembers that something depends on where the page of a RIP is, so that [`Targets::forget_page`] says so.
+    pub fn note_page(&mut self, privilege: Privilege, rip: u64) {
+        let (word, bit) = filter_bit(rip);
+        self.0[privilege as usize].filter[word] |= bit;
     }
 
     /// The address space changed.
@@ -85,28 +90,37 @@ impl Targets {
         }
     }
 
-    /// Forgets everything of one privilege.
+    /// Forgets everything, also which pages something depends on: the mapping has to be given another number.
+    pub fn forget_everything(&mut self) {
+        for privilege in PRIVILEGES {
+            self.empty(privilege);
+            self.0[privilege as usize].filter.fill(0);
+        }
+    }
+
+    /// Forgets the targets of one privilege.
     pub fn empty(&mut self, privilege: Privilege) {
         let table = &mut self.0[privilege as usize];
         if table.used || !table.ready {
             table.entries.fill(Target { rip: NOTHING, host: 0 });
-            table.filter.fill(0);
             table.used = false;
             table.local = false;
             table.ready = true;
         }
     }
 
-    /// Forgets what lies in the page of a RIP, and what reaches into it.
-    pub fn forget_page(&mut self, rip: u64) {
+    /// Forgets what lies in the page of a RIP, and what reaches into it. Returns whether anything may depend on the page.
+    pub fn forget_page(&mut self, rip: u64) -> bool {
         let page = rip & !PAGE_MASK;
         let reaching = page.wrapping_sub(MAX_INSTRUCTION - 1);
+        let mut found = false;
         for table in &mut self.0 {
             let may_have = |rip: u64| {
                 let (word, bit) = filter_bit(rip);
                 table.filter[word] & bit != 0
             };
             if may_have(page) || may_have(reaching) {
+                found = true;
                 for entry in &mut table.entries {
                     if entry.rip.wrapping_sub(reaching) < PAGE_SIZE + MAX_INSTRUCTION - 1 {
                         entry.rip = NOTHING;
@@ -114,5 +128,6 @@ impl Targets {
                 }
             }
         }
+        found
     }
 }
