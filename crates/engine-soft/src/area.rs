@@ -58,6 +58,9 @@ pub struct Front {
     pub attention: AtomicU32,
 }
 
+/// Numbers of mappings that may be used up between two looks at whether there are more.
+const EPOCHS_IN_RESERVE: u32 = 1 << 16;
+
 /// Bytes of the stack that translated code has: return addresses of guest code and of host code in pairs.
 const SHADOW_BYTES: usize = 64 << 10;
 
@@ -210,11 +213,15 @@ impl Owner {
     /// The mapping of code changes; that of global pages only if not `keep_global`.
     pub fn end_epoch(&mut self, keep_global: bool) {
         let epochs = &mut self.run().epochs;
-        // A number comes again only after four thousand million changes: no branch waits that long for its page to come back.
-        epochs[0] = epochs[0].wrapping_add(1);
+        epochs[0] = epochs[0].saturating_add(1);
         if !keep_global {
-            epochs[1] = epochs[1].wrapping_add(1);
+            epochs[1] = epochs[1].saturating_add(1);
         }
+    }
+
+    /// Whether [`Owner::end_epoch`] is about to run out of numbers.
+    pub fn epochs_are_used_up(&mut self) -> bool {
+        self.run().epochs.iter().any(|number| *number >= u32::MAX - EPOCHS_IN_RESERVE)
     }
 
     /// Prepares the stack of translated code: with nothing on it, a return leads to `nowhere`.

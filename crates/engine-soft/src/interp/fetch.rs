@@ -20,6 +20,9 @@ const WINDOW: usize = 512;
 /// Guest-physical address of a block that has none.
 const NO_ADDRESS: u64 = u64::MAX;
 
+/// An instruction that spans pages: what it is, all its bytes, and where the second part of them is.
+type Spanning = (Decoded, Box<[u8]>, Extent);
+
 impl Cpu {
     /// What besides the address decides how code is fetched and decoded.
     fn fetch_context(&self) -> u8 {
@@ -110,7 +113,7 @@ impl Cpu {
     }
 
     /// One instruction whose first bytes, up to the end of the page, are in `head`; `None` if the rest is not in RAM.
-    fn decode_spanning(&mut self, linear: u64, head: &[u8]) -> R<Option<(Decoded, Box<[u8]>, Extent)>> {
+    fn decode_spanning(&mut self, linear: u64, head: &[u8]) -> R<Option<Spanning>> {
         if head.len() >= MAX_INSTRUCTION {
             return Ok(None);
         }

@@ -92,7 +92,7 @@ impl Cpu {
     }
 
     /// Interprets a block that was found for RIP.
-    pub fn run_block(&mut self, block: *const Block) -> R<()> {
+    pub(crate) fn run_block(&mut self, block: *const Block) -> R<()> {
         // SAFETY: as in `run_ops`.
         let heat = unsafe { &(*block).heat };
         heat.store(heat.load(Ordering::Relaxed) + 1, Ordering::Relaxed);

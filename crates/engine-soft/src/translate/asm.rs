@@ -105,7 +105,7 @@ impl Asm {
     }
 
     /// Bytes so far.
-    pub fn len(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.code.len()
     }
 

@@ -354,8 +354,8 @@ impl Builder<'_> {
     pub fn site(&mut self, purpose: SitePurpose, resume: Option<Label>) -> Label {
         let label = self.asm.label();
         let (purpose, retry) = match purpose {
-            SitePurpose::Access { address, len, write, retry } => {
-                (Purpose::Access { address, len, write, retry: 0 }, Some(retry))
+            SitePurpose::Access { address, len, write, alignment, retry } => {
+                (Purpose::Access { address, len, write, alignment, retry: 0 }, Some(retry))
             }
             SitePurpose::Interpret => (Purpose::Interpret, None),
         };
@@ -389,7 +389,12 @@ impl Builder<'_> {
         emit(&mut self.asm, label);
         let number = self.first_link + self.links.len() as u32;
         // The rel32 is the last field of the jump.
-        self.links.push(NewLink { unlinked: label, field: self.asm.len() - 4, flags: self.flags, guard: None });
+        self.links.push(NewLink {
+            unlinked: label,
+            field: self.asm.size() - 4,
+            flags: self.flags,
+            guard: None,
+        });
         self.cold.push(Cold::Unlinked { label, link: number, offset: offset as i32, flags: self.flags });
     }
 
@@ -405,16 +410,21 @@ impl Builder<'_> {
         self.asm.store(Width::W64, Rm::Area(run_offset!(page)), T0);
         let label = self.asm.label();
         emit(&mut self.asm, label);
-        let field = self.asm.len() - 4;
+        let field = self.asm.size() - 4;
         let number = self.first_link + self.links.len() as u32;
         self.links.push(NewLink { unlinked, field, flags: self.flags, guard: Some(guard) });
         // The jump itself is not reached before it is linked.
-        self.cold.push(Cold::Unlinked { label: unlinked, link: number, offset: offset as i32, flags: self.flags });
+        self.cold.push(Cold::Unlinked {
+            label: unlinked,
+            link: number,
+            offset: offset as i32,
+            flags: self.flags,
+        });
         self.cold.push(Cold::Never { label });
     }
 
     fn finish(mut self, block: Arc<Block>, entry_host: u64, entry_memory: u64, entry_both: u64) -> NewUnit {
-        let base = self.asm.address() - self.asm.len() as u64;
+        let base = self.asm.address() - self.asm.size() as u64;
         for cold in std::mem::take(&mut self.cold) {
             match cold {
                 Cold::Slow { label, site } => {
@@ -713,7 +723,7 @@ impl Builder<'_> {
 /// [`Purpose`] before addresses are known.
 #[derive(Clone, Copy)]
 pub(super) enum SitePurpose {
-    Access { address: AddressSource, len: u8, write: bool, retry: Label },
+    Access { address: AddressSource, len: u8, write: bool, alignment: u8, retry: Label },
     Interpret,
 }
 

@@ -73,6 +73,8 @@ pub enum Purpose {
         len: u8,
         /// It is a store, or a load of what is stored to.
         write: bool,
+        /// What the address has to be a multiple of, else the instruction faults before it accesses anything.
+        alignment: u8,
         /// Where the lookup begins.
         retry: u64,
     },
@@ -148,6 +150,8 @@ pub struct Cache {
     links: Vec<Link>,
     /// Where [`Cache::clear`] goes back to.
     first_free: usize,
+    /// How often everything was forgotten: numbers of units, sites and links mean something only in between.
+    clears: u64,
 }
 
 // SAFETY: the pointers in sites lead into blocks that the units keep alive.
@@ -175,6 +179,7 @@ impl Cache {
             sites: Vec::new(),
             links: Vec::new(),
             first_free,
+            clears: 0,
         })
     }
 
@@ -196,6 +201,11 @@ impl Cache {
     /// Number that the next link gets.
     pub fn next_link(&self) -> u32 {
         self.links.len() as u32
+    }
+
+    /// A value that changes when all numbers lose their meaning.
+    pub fn clears(&self) -> u64 {
+        self.clears
     }
 
     /// A unit by its number.
@@ -281,6 +291,7 @@ impl Cache {
         self.links.clear();
         self.faults.clear();
         self.arena.truncate(self.first_free);
+        self.clears += 1;
     }
 }
 

@@ -37,6 +37,16 @@ pub enum Translate {
     Everything,
 }
 
+/// A branch that wants to be linked.
+#[derive(Clone, Copy)]
+struct Unlinked {
+    link: u32,
+    /// Where it leads.
+    rip: u64,
+    /// [`Cache::clears`] when it was taken.
+    clears: u64,
+}
+
 /// One vCPU's translator.
 pub struct Translator {
     cache: Cache,
@@ -46,8 +56,8 @@ pub struct Translator {
     hot: u32,
     /// What the jump targets of each privilege were entered for.
     variants: [Option<Variant>; 3],
-    /// The branch through which translated code was left and where it leads.
-    unlinked: Option<(u32, u64)>,
+    /// The branch through which translated code was left.
+    unlinked: Option<Unlinked>,
     /// The interpreter raised an exception in the code that was left.
     raised: bool,
 }
@@ -113,12 +123,13 @@ impl Cpu {
     pub fn run_translated(&mut self, variant: Variant) -> R<()> {
         let rip = self.user.rip;
         let privilege = variant.privilege();
+        self.renew_epochs();
         let Some(translator) = &mut self.translator else { return self.interpret_block() };
         if translator.variants[privilege as usize] != Some(variant) {
             translator.variants[privilege as usize] = Some(variant);
             self.user.targets().empty(privilege);
         }
-        let unlinked = translator.unlinked.take().filter(|(_, target)| *target == rip);
+        let unlinked = translator.unlinked.take().filter(|unlinked| unlinked.rip == rip);
         if unlinked.is_none()
             && let Some(code) = self.user.targets().find(privilege, rip)
         {
@@ -132,20 +143,18 @@ impl Cpu {
         let spans = found.spans();
         let Some(translator) = &mut self.translator else { return Ok(()) };
         let code = translator.cache.unit(unit).entry_memory;
+        let clears = translator.cache.clears();
+        let global = self.is_global_code(rip);
         match unlinked {
             // What spans pages depends on the mapping of both, so it is only entered by its linear address.
-            Some((link, _)) if !spans => {
+            Some(unlinked) if !spans && unlinked.clears == clears => {
                 self.counters.links += 1;
-                let global = self.is_global_code(rip);
                 let epoch = self.user.epoch(privilege, rip, global);
                 if let Some(translator) = &mut self.translator {
-                    translator.cache.link(link, unit, epoch);
+                    translator.cache.link(unlinked.link, unit, epoch);
                 }
             }
-            _ => {
-                let global = self.is_global_code(rip);
-                self.user.targets().insert(privilege, rip, code, global);
-            }
+            _ => self.user.targets().insert(privilege, rip, code, global),
         }
         self.enter(variant.kind(), code)
     }
@@ -237,6 +246,14 @@ impl Cpu {
         self.user.end_epoch(false);
     }
 
+    /// After so many changes of the mapping that its numbers begin anew: no link of an earlier round may be left.
+    fn renew_epochs(&mut self) {
+        if self.user.epochs_are_used_up() {
+            self.clear_translations();
+            self.user.run().epochs = [0; 2];
+        }
+    }
+
     /// Forgets the translation of one linear page.
     pub fn flush_page(&mut self, linear: u64) {
         self.counters.tlb_flushes += 1;
@@ -276,7 +293,8 @@ impl Cpu {
         }
         let (link, rip) = (self.user.run().link, self.user.rip);
         let Some(translator) = &mut self.translator else { return Ok(()) };
-        translator.unlinked = (link != NO_LINK).then_some((link, rip));
+        let clears = translator.cache.clears();
+        translator.unlinked = (link != NO_LINK).then_some(Unlinked { link, rip, clears });
         if translator.raised { Err(Raised) } else { Ok(()) }
     }
 
@@ -286,7 +304,7 @@ impl Cpu {
         let op = unsafe { &*site.op };
         self.user.rip = self.user.run().page.wrapping_add(u64::from(site.offset));
         self.next_ip = self.user.rip.wrapping_add(u64::from(op.len));
-        if let Purpose::Access { address, len, write, retry } = site.purpose {
+        if let Purpose::Access { address, len, write, alignment, retry } = site.purpose {
             let offset = match address {
                 AddressSource::Operand => op.offset(&self.user),
                 AddressSource::Stack(offset) => self.user.gpr[gpr::RSP].wrapping_add(offset as u64),
@@ -296,7 +314,8 @@ impl Cpu {
                 AddressSource::Stack(_) => crate::cpu::seg::SS,
             };
             let linear = self.user.segment_base[segment].wrapping_add(offset);
-            if self.now_in_tlb(linear, len, write) {
+            let aligned = linear & (u64::from(alignment) - 1) == 0;
+            if aligned && self.now_in_tlb(linear, len, write) {
                 return retry;
             }
         }

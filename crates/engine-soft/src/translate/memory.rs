@@ -137,7 +137,11 @@ impl Builder<'_> {
                 self.asm.lea(Width::W64, T0, Address::base(GUEST_RSP, i32::from(offset)));
             }
         }
-        let purpose = SitePurpose::Access { address: operand.source(), len, write, retry };
+        let alignment = match operand {
+            Operand::Of(instruction) => classify::alignment_of(instruction),
+            Operand::Stack(_) => 1,
+        };
+        let purpose = SitePurpose::Access { address: operand.source(), len, write, alignment, retry };
         let slow = self.site(purpose, resume);
         let table = offset_of!(Layout, tlb) + self.variant.privilege() as usize * size_of::<Table>();
         let tags = table + if write { offset_of!(Table, write) } else { offset_of!(Table, read) };

@@ -16,8 +16,6 @@ pub const INDEX_BITS: u32 = 14;
 const ENTRIES: usize = 1 << INDEX_BITS;
 /// How far a page number is shifted to be mixed with the low bits of an address.
 pub const MIX_SHIFT: u8 = 12;
-/// No RIP: it is not canonical.
-const NOTHING: u64 = 1 << 63;
 /// Pages of which entries may exist are remembered in so many bits.
 const FILTER_BITS: usize = 4096;
 
@@ -52,6 +50,11 @@ pub struct Targets([Table; 3]);
 /// Index of a RIP.
 pub fn index_of(rip: u64) -> usize {
     (rip ^ rip >> MIX_SHIFT) as usize & (ENTRIES - 1)
+}
+
+/// What stands in an empty entry: a RIP that belongs elsewhere.
+fn nothing(index: usize) -> Target {
+    Target { rip: u64::from(index == 0), host: 0 }
 }
 
 fn filter_bit(rip: u64) -> (usize, u64) {
@@ -102,7 +105,9 @@ impl Targets {
     pub fn empty(&mut self, privilege: Privilege) {
         let table = &mut self.0[privilege as usize];
         if table.used || !table.ready {
-            table.entries.fill(Target { rip: NOTHING, host: 0 });
+            for (index, entry) in table.entries.iter_mut().enumerate() {
+                *entry = nothing(index);
+            }
             table.used = false;
             table.local = false;
             table.ready = true;
@@ -121,9 +126,9 @@ impl Targets {
             };
             if may_have(page) || may_have(reaching) {
                 found = true;
-                for entry in &mut table.entries {
+                for (index, entry) in table.entries.iter_mut().enumerate() {
                     if entry.rip.wrapping_sub(reaching) < PAGE_SIZE + MAX_INSTRUCTION - 1 {
-                        entry.rip = NOTHING;
+                        *entry = nothing(index);
                     }
                 }
             }

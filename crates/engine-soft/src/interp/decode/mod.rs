@@ -1,6 +1,9 @@
 //! From bytes to [`Op`]s: iced-x86 decodes, this module chooses the handler for each form.
 
-use iced_x86::{CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpCodeOperandKind, OpKind,
+    Register,
+};
 
 use crate::cpu::{class, seg};
 use crate::interp::integer as int;
@@ -412,7 +415,8 @@ impl Builder<'_> {
         if insn.mnemonic() == Mnemonic::Wait {
             return class::WAIT;
         }
-        let uses_vector = |r: Register| r.is_vector_register();
+        // By the form, not by the registers named: of CVTSS2SI from memory none is a vector register.
+        let uses_vector = || insn.op_code().op_kinds().iter().any(|kind| is_vector_operand(*kind));
         let uses_mmx = |r: Register| r.is_mm();
         let mut class = 0;
         for feature in insn.cpuid_features() {
@@ -425,14 +429,14 @@ impl Builder<'_> {
         }
         if insn.op_code().encoding() == iced_x86::EncodingKind::VEX {
             // VEX instructions on general registers (BMI) need no state enabled.
-            let vector = (0..insn.op_count()).any(|i| uses_vector(insn.op_register(i)));
+            let vector = uses_vector();
             let all = matches!(
                 insn.mnemonic(),
                 Mnemonic::Vzeroall | Mnemonic::Vzeroupper | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
             );
             return if vector || all { class::AVX } else { 0 };
         }
-        let vector = (0..insn.op_count()).any(|i| uses_vector(insn.op_register(i)));
+        let vector = uses_vector();
         let mmx = (0..insn.op_count()).any(|i| uses_mmx(insn.op_register(i)));
         if mmx {
             class |= class::MMX;
@@ -486,6 +490,30 @@ impl Builder<'_> {
             repeat::NONE
         }
     }
+}
+
+/// Whether an operand of this kind is a vector register, or memory that stands for one.
+fn is_vector_operand(kind: OpCodeOperandKind) -> bool {
+    use OpCodeOperandKind::*;
+    matches!(
+        kind,
+        xmm_reg
+            | xmm_rm
+            | xmm_or_mem
+            | xmm_vvvv
+            | xmm_is4
+            | xmm_is5
+            | ymm_reg
+            | ymm_rm
+            | ymm_or_mem
+            | ymm_vvvv
+            | ymm_is4
+            | ymm_is5
+            | mem_vsib32x
+            | mem_vsib64x
+            | mem_vsib32y
+            | mem_vsib64y
+    )
 }
 
 /// Instructions that access memory element by element.
