@@ -37,6 +37,10 @@ pub struct RunState {
     pub cpu: u64,
     /// MXCSR of Rust code.
     pub host_mxcsr: u32,
+    /// 1 while the guest's x87 state is in the host's registers, or was when Rust code was called.
+    pub x87_live: u32,
+    /// 1 while the guest's vector registers are, in system code.
+    pub vectors_live: u32,
     /// Numbers of the present mapping of code: of all pages, of global pages. A branch from page to page holds while the
     /// number is the one it was linked for.
     pub epochs: [u32; 2],

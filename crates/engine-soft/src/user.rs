@@ -25,6 +25,8 @@ pub struct UserRegs {
     pub vector: [[u8; 32]; 16],
     /// x87 and MMX state as an FXSAVE64 image; its XMM and MXCSR parts are not used.
     pub x87: X87Image,
+    /// What XRSTOR wants to find behind the image.
+    pub x87_header: [u64; 8],
 }
 
 /// A 512-byte FXSAVE64 image, aligned as the instruction demands.
@@ -53,6 +55,7 @@ impl Default for UserRegs {
             bounce: Bounce([0; 640]),
             vector: [[0; 32]; 16],
             x87: X87Image(x87),
+            x87_header: [0; 8],
         }
     }
 }

@@ -325,6 +325,21 @@ impl Asm {
         self.modrm(&[], Width::W32, &[0x0f, 0xae], 3, Rm::Area(offset));
     }
 
+    /// XSAVE64 of the components in EDX:EAX to the area.
+    pub fn xsave(&mut self, offset: i32) {
+        self.modrm(&[], Width::W64, &[0x0f, 0xae], 4, Rm::Area(offset));
+    }
+
+    /// XRSTOR64 of the components in EDX:EAX from the area.
+    pub fn xrstor(&mut self, offset: i32) {
+        self.modrm(&[], Width::W64, &[0x0f, 0xae], 5, Rm::Area(offset));
+    }
+
+    /// FNINIT.
+    pub fn fninit(&mut self) {
+        self.code.extend_from_slice(&[0xdb, 0xe3]);
+    }
+
     // ---- arithmetic -------------------------------------------------------------------------------------------------
 
     /// A register with a register or memory operand.
@@ -427,6 +442,13 @@ impl Asm {
         self.code.extend_from_slice(&relative.to_le_bytes());
     }
 
+    /// CALL of an address within 2 GiB.
+    pub fn call_to(&mut self, target: u64) {
+        self.code.push(0xe8);
+        let relative = target.wrapping_sub(self.address() + 4) as i32;
+        self.code.extend_from_slice(&relative.to_le_bytes());
+    }
+
     /// Jcc to an address within 2 GiB.
     pub fn jcc_to(&mut self, condition: u8, target: u64) {
         self.code.extend_from_slice(&[0x0f, 0x80 | condition]);
@@ -515,6 +537,8 @@ mod tests {
             asm.load_ymm(9, 0x100);
             asm.store_ymm(3, 0x100);
             asm.load_mxcsr(4);
+            asm.xsave(0x40);
+            asm.xrstor(0x40);
         });
         let expected = [
             "mov r11,gs:[1234h]",
@@ -535,6 +559,8 @@ mod tests {
             "vmovdqa ymm9,gs:[100h]",
             "vmovdqa gs:[100h],ymm3",
             "ldmxcsr gs:[4h]",
+            "xsave64 gs:[40h]",
+            "xrstor64 gs:[40h]",
         ];
         assert_eq!(lines.len(), expected.len(), "{lines:#?}");
         for (line, expected) in lines.iter().zip(expected) {

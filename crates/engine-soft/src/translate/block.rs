@@ -21,6 +21,7 @@ use super::flags::{Place, Use, usage};
 use super::registers::{T0, T1, home, is_high_byte, part};
 use super::runtime::{self, Kind, Routines};
 use crate::area::{ATTENTION_OFFSET, gpr_offset, run_offset};
+use crate::cpu::class;
 use crate::interp::block::Block;
 use crate::interp::decode;
 use crate::interp::op::Op;
@@ -82,7 +83,6 @@ pub(super) struct Builder<'a> {
     pub encoder: &'a mut Encoder,
     info: &'a mut InstructionInfoFactory,
     pub variant: Variant,
-    pub kind: Kind,
     pub routines: Routines,
     block: &'a Block,
     cold: Vec<Cold>,
@@ -91,6 +91,10 @@ pub(super) struct Builder<'a> {
     faults: Vec<(u64, Label)>,
     first_site: u32,
     first_link: u32,
+    /// The x87 state is known to be in the host's registers from here on.
+    x87_loaded: bool,
+    /// The vector registers are.
+    vectors_loaded: bool,
     /// The encoder refused the present instruction.
     refused: bool,
     /// Where the flags are at this point.
@@ -119,7 +123,6 @@ pub fn translate(
         encoder,
         info,
         variant,
-        kind,
         routines: cache.routines(kind),
         block,
         cold: Vec::new(),
@@ -128,6 +131,8 @@ pub fn translate(
         faults: Vec::new(),
         first_site: cache.next_site(),
         first_link: cache.next_link(),
+        x87_loaded: false,
+        vectors_loaded: kind == Kind::User,
         refused: false,
         flags: Place::Host,
         current: 0,
@@ -230,13 +235,17 @@ impl Builder<'_> {
             Pause => return Class::Plain,
             _ => {}
         }
-        if !classify::is_native(instruction) || classify::touches_x87(instruction) {
+        if !classify::is_native(instruction) {
             return Class::Interpret;
         }
-        if op.class != 0 && self.kind != Kind::User {
+        if classify::touches_x87(instruction) && !self.variant.has_x87() {
             return Class::Interpret;
         }
-        if matches!(instruction.mnemonic(), Ldmxcsr | Stmxcsr | Vldmxcsr | Vstmxcsr) {
+        // What may unmask exceptions, and what stores addresses of instructions.
+        if matches!(
+            instruction.mnemonic(),
+            Ldmxcsr | Stmxcsr | Vldmxcsr | Vstmxcsr | Fldcw | Fldenv | Fnstenv | Frstor | Fnsave
+        ) {
             return Class::Interpret;
         }
         let memory = (0..instruction.op_count()).any(|i| instruction.op_kind(i) == OpKind::Memory);
@@ -306,10 +315,10 @@ impl Builder<'_> {
 
     /// Where the flags should be when the block begins.
     fn start(&self, instructions: &[Instruction], classes: &[Class]) -> Place {
-        for (instruction, class) in instructions.iter().zip(classes) {
+        for ((instruction, class), op) in instructions.iter().zip(classes).zip(&self.block.ops) {
             match class {
                 Class::Nothing | Class::Address => {}
-                Class::Plain if is_faulting(instruction) => return Place::Memory,
+                Class::Plain if is_faulting(instruction) || self.has_to_load(op) => return Place::Memory,
                 Class::Plain => match usage(instruction) {
                     Use::None => {}
                     Use::Replaces => return Place::Both,
@@ -369,10 +378,15 @@ impl Builder<'_> {
 
     /// Pushes a register on the stack of translated code.
     pub fn push_shadow(&mut self, register: Reg) {
+        self.may_fill_stack();
+        self.asm.push(register);
+    }
+
+    /// The next instruction pushes: where the stack of translated code is full, it begins anew first.
+    fn may_fill_stack(&mut self) {
         let (again, full) = (self.asm.label(), self.asm.label());
         self.asm.bind(again);
         self.faults.push((self.asm.address(), full));
-        self.asm.push(register);
         self.cold.push(Cold::FullStack { label: full, again });
     }
 
@@ -507,6 +521,7 @@ impl Builder<'_> {
             self.faults.len(),
             self.flags,
         );
+        let loaded = (self.x87_loaded, self.vectors_loaded);
         let ended = self.emit(instruction, class, last);
         if !std::mem::take(&mut self.refused) {
             return ended;
@@ -518,6 +533,7 @@ impl Builder<'_> {
         self.links.truncate(before.3);
         self.faults.truncate(before.4);
         self.flags = before.5;
+        (self.x87_loaded, self.vectors_loaded) = loaded;
         self.emit(instruction, Class::Interpret, last)
     }
 
@@ -587,8 +603,39 @@ impl Builder<'_> {
         self.flags = Place::Both;
     }
 
+    fn has_to_load(&self, op: &Op) -> bool {
+        op.class & (class::X87 | class::WAIT | class::MMX) != 0 && !self.x87_loaded
+            || op.class & (class::SSE | class::AVX) != 0 && !self.vectors_loaded
+    }
+
+    /// Makes sure that the registers of the current instruction's classes are in the host's.
+    pub fn load_classes(&mut self) {
+        let op = &self.block.ops[self.current];
+        if op.class & (class::X87 | class::WAIT | class::MMX) != 0 && !self.x87_loaded {
+            self.x87_loaded = true;
+            self.call_unless(run_offset!(x87_live), self.routines.load_x87);
+        }
+        if op.class & (class::SSE | class::AVX) != 0 && !self.vectors_loaded {
+            self.vectors_loaded = true;
+            self.call_unless(run_offset!(vectors_live), self.routines.load_vectors);
+        }
+    }
+
+    /// Calls a routine if a word of the area is zero.
+    fn call_unless(&mut self, word: i32, routine: u64) {
+        self.save_flags();
+        self.clobber_flags();
+        let skip = self.asm.label();
+        self.asm.alu_imm(Alu::Cmp, Width::W32, Rm::Area(word), 0);
+        self.asm.jcc(cond::NE, skip);
+        self.may_fill_stack();
+        self.asm.call_to(routine);
+        self.asm.bind(skip);
+    }
+
     /// An instruction without a memory operand.
     fn plain(&mut self, instruction: &Instruction) {
+        self.load_classes();
         let usage = usage(instruction);
         if is_faulting(instruction) {
             self.save_flags();

@@ -20,9 +20,15 @@ use crate::translate::runtime::{self, Kind, Routines, SlowPath};
 pub struct Variant(u16);
 
 impl Variant {
-    /// Packs the parts; `code_bits` is 32 or 64.
-    pub fn new(privilege: Privilege, code_bits: u8, disabled: u8) -> Self {
-        Variant(privilege as u16 | u16::from(code_bits == 32) << 2 | u16::from(disabled) << 3)
+    /// Packs the parts; `code_bits` is 32 or 64, `x87` whether x87 instructions may be executed by the host.
+    pub fn new(privilege: Privilege, code_bits: u8, disabled: u8, x87: bool) -> Self {
+        let parts = privilege as u16 | u16::from(code_bits == 32) << 2 | u16::from(disabled) << 3;
+        Variant(parts | u16::from(x87) << 11)
+    }
+
+    /// No x87 exception is unmasked or pending.
+    pub fn has_x87(self) -> bool {
+        self.0 >> 11 & 1 != 0
     }
 
     /// With which rights data are accessed.
@@ -42,7 +48,7 @@ impl Variant {
 
     /// Bits of [`crate::cpu::class`] that are disabled.
     pub fn disabled(self) -> u8 {
-        (self.0 >> 3) as u8
+        (self.0 >> 3 & 0xff) as u8
     }
 }
 
@@ -181,6 +187,11 @@ impl Cache {
             first_free,
             clears: 0,
         })
+    }
+
+    /// Whether an address is one of translated code.
+    pub fn holds(&self, address: u64) -> bool {
+        self.arena.range().contains(&(address as usize))
     }
 
     /// The shared routines.

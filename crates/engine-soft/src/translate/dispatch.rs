@@ -15,7 +15,6 @@ use crate::cpu::{Cpu, Mode, R, Raised, gpr};
 use crate::interp::block::Block;
 use crate::interp::op::Flow;
 use crate::mmu::{Access, Place};
-use crate::tlb::Privilege;
 
 /// How often a block is interpreted before it is translated.
 const HOT: u32 = 1;
@@ -23,6 +22,10 @@ const HOT: u32 = 1;
 const HOST_MXCSR: u32 = 0x1f80;
 /// The exception masks of MXCSR.
 const ALL_MASKED: u32 = 0x1f80;
+/// The exception masks of the x87 control word, low byte.
+const X87_ALL_MASKED: u8 = 0x3f;
+/// FSW.ES, low byte.
+const X87_SUMMARY: u8 = 0x80;
 /// Code memory of a machine, shared out among its vCPUs.
 pub const CODE_BYTES: usize = 128 << 20;
 
@@ -113,10 +116,31 @@ impl Cpu {
             return None;
         }
         // An unmasked exception needs the interpreter, which knows what to do when the host raises it.
-        if self.privilege == Privilege::User && self.user.mxcsr & ALL_MASKED != ALL_MASKED {
+        if self.user.mxcsr & ALL_MASKED != ALL_MASKED {
             return None;
         }
-        Some(Variant::new(self.privilege, self.code_bits, self.disabled))
+        let x87 = &self.user.x87.0;
+        let quiet = x87[0] & X87_ALL_MASKED == X87_ALL_MASKED && x87[2] & X87_SUMMARY == 0;
+        Some(Variant::new(self.privilege, self.code_bits, self.disabled, quiet))
+    }
+
+    /// Of an x87 instruction in translated code the host's processor knows the host's address, and some keep it: the guest sees
+    /// none, as on processors that keep addresses only of instructions with exceptions.
+    fn hide_x87_addresses(&mut self) {
+        const OPCODE: usize = 6;
+        const INSTRUCTION: std::ops::Range<usize> = 8..16;
+        const OPERAND: std::ops::Range<usize> = 16..24;
+        if self.user.run().x87_live == 0 {
+            return;
+        }
+        let mut address = [0; 8];
+        address.copy_from_slice(&self.user.x87.0[INSTRUCTION]);
+        if self.translator.as_ref().is_some_and(|t| t.cache.holds(u64::from_le_bytes(address))) {
+            let image = &mut self.user.x87.0;
+            image[OPCODE..OPCODE + 2].fill(0);
+            image[INSTRUCTION].fill(0);
+            image[OPERAND].fill(0);
+        }
     }
 
     /// Runs from the present RIP: translated code if there is some, else one block interpreted.
@@ -281,6 +305,8 @@ impl Cpu {
         run.cpu = this as u64;
         run.host_mxcsr = HOST_MXCSR;
         run.link = NO_LINK;
+        run.x87_live = 0;
+        run.vectors_live = 0;
         let Some(translator) = &mut self.translator else { return Ok(()) };
         translator.raised = false;
         let routines = translator.cache.routines(kind);
@@ -291,6 +317,7 @@ impl Cpu {
             let enter: extern "C" fn(u64) = std::mem::transmute(routines.enter);
             enter(code);
         }
+        self.hide_x87_addresses();
         let (link, rip) = (self.user.run().link, self.user.rip);
         let Some(translator) = &mut self.translator else { return Ok(()) };
         let clears = translator.cache.clears();
@@ -300,6 +327,7 @@ impl Cpu {
 
     /// Does for translated code what it cannot do itself; returns where it goes on, or 0 to leave it.
     fn serve(&mut self, site: &Site) -> u64 {
+        self.hide_x87_addresses();
         // SAFETY: operations live as long as the block, which the unit keeps.
         let op = unsafe { &*site.op };
         self.user.rip = self.user.run().page.wrapping_add(u64::from(site.offset));

@@ -158,6 +158,7 @@ impl Builder<'_> {
 
     /// An instruction with a memory operand.
     pub fn memory(&mut self, instruction: &Instruction, memory: MemoryUse) {
+        self.load_classes();
         let usage = usage(instruction);
         let write = memory != MemoryUse::Read;
         let (_, bytes) = classify::memory_use_of(instruction);

@@ -3,7 +3,9 @@
 //!
 //! - *user* code (CPL 3) runs with the guest's vector registers and MXCSR in the host's, loaded on the way in and saved
 //!   on the way out, so that it uses them freely;
-//! - *system* code runs without; what it does with vector registers is interpreted.
+//! - *system* code loads them when it comes to an instruction that uses them, which is rare.
+//!
+//! Both load the x87 state when it is used. What has been loaded is in the host's registers until the code is left.
 //!
 //! Registers while translated code runs: see [`super::registers`]; RSP is a stack of its own, on which guest calls and returns
 //! are paired so that the host's processor predicts them; GS is the vCPU's area. Nothing of Rust is in a register that is
@@ -39,7 +41,14 @@ pub struct Routines {
     pub exit_host_flags: u64,
     /// Leaves: RIP is in [`T0`]; flags are in memory.
     pub exit_to: u64,
+    /// To be called: loads the x87 state. [`T0`], [`T1`] and flags are lost.
+    pub load_x87: u64,
+    /// To be called: loads the vector registers. Flags are lost.
+    pub load_vectors: u64,
 }
+
+/// EAX for XSAVE and XRSTOR of x87 state alone.
+const X87_COMPONENT: u32 = 1;
 
 /// Words of a pair on the stack of translated code.
 pub const PAIR_BYTES: i32 = 16;
@@ -62,11 +71,14 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
     asm.store(Width::W64, Rm::Area(run_offset!(resume)), Reg::RDI);
     asm.bind(reload);
     if kind == Kind::User {
-        for register in 0..16 {
-            asm.load_ymm(register, user_offset!(vector) + 32 * i32::from(register));
-        }
-        asm.load_mxcsr(user_offset!(mxcsr));
+        load_vectors(asm);
+    } else {
+        if_live(asm, run_offset!(vectors_live), load_vectors);
     }
+    if_live(asm, run_offset!(x87_live), |asm| {
+        load_component_number(asm);
+        load_x87(asm);
+    });
     load_flags(asm);
     for guest in 0..16 {
         if let Some(register) = home(guest) {
@@ -110,9 +122,66 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
     asm.store(Width::W64, Rm::Area(user_offset!(rip)), T0);
     save_registers(asm, kind);
     asm.jmp(leave);
-    asm.ud2();
 
-    Routines { enter, slow, exit, exit_host_flags, exit_to }
+    let load_x87_routine = asm.address();
+    asm.mov(T0, Reg::RAX);
+    asm.mov(T1, Reg::RDX);
+    load_component_number(asm);
+    load_x87(asm);
+    asm.mov(Reg::RAX, T0);
+    asm.mov(Reg::RDX, T1);
+    asm.store_imm(Width::W32, Rm::Area(run_offset!(x87_live)), 1);
+    asm.ret();
+    let load_vectors_routine = asm.address();
+    load_vectors(asm);
+    asm.store_imm(Width::W32, Rm::Area(run_offset!(vectors_live)), 1);
+    asm.ret();
+
+    Routines {
+        enter,
+        slow,
+        exit,
+        exit_host_flags,
+        exit_to,
+        load_x87: load_x87_routine,
+        load_vectors: load_vectors_routine,
+    }
+}
+
+/// What `emit` writes is executed if a word of the area is not zero.
+fn if_live(asm: &mut Asm, word: i32, emit: impl FnOnce(&mut Asm)) {
+    let skip = asm.label();
+    asm.alu_imm(Alu::Cmp, Width::W32, Rm::Area(word), 0);
+    asm.jcc(cond::E, skip);
+    emit(asm);
+    asm.bind(skip);
+}
+
+fn load_vectors(asm: &mut Asm) {
+    for register in 0..16 {
+        asm.load_ymm(register, user_offset!(vector) + 32 * i32::from(register));
+    }
+    asm.load_mxcsr(user_offset!(mxcsr));
+}
+
+fn save_vectors(asm: &mut Asm) {
+    for register in 0..16 {
+        asm.store_ymm(register, user_offset!(vector) + 32 * i32::from(register));
+    }
+    asm.store_mxcsr(user_offset!(mxcsr));
+    asm.load_mxcsr(run_offset!(host_mxcsr));
+    asm.vzeroupper();
+}
+
+fn load_component_number(asm: &mut Asm) {
+    asm.mov_imm32(Reg::RAX, X87_COMPONENT);
+    asm.mov_imm32(Reg::RDX, 0);
+}
+
+/// The header says that the image holds x87 state, whatever the last XSAVE thought of it.
+fn load_x87(asm: &mut Asm) {
+    asm.store_imm(Width::W64, Rm::Area(user_offset!(x87_header)), X87_COMPONENT as i32);
+    asm.xrstor(user_offset!(x87));
 }
 
 /// Everything that is in registers, but the flags, to the area; then what Rust code expects of the vector unit.
@@ -123,13 +192,15 @@ fn save_registers(asm: &mut Asm, kind: Kind) {
         }
     }
     if kind == Kind::User {
-        for register in 0..16 {
-            asm.store_ymm(register, user_offset!(vector) + 32 * i32::from(register));
-        }
-        asm.store_mxcsr(user_offset!(mxcsr));
-        asm.load_mxcsr(run_offset!(host_mxcsr));
-        asm.vzeroupper();
+        save_vectors(asm);
+    } else {
+        if_live(asm, run_offset!(vectors_live), save_vectors);
     }
+    if_live(asm, run_offset!(x87_live), |asm| {
+        load_component_number(asm);
+        asm.xsave(user_offset!(x87));
+        asm.fninit();
+    });
 }
 
 /// Packed flags in memory to the host's flags; RAX is lost.
