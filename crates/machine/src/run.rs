@@ -236,10 +236,7 @@ fn start_vcpus(
     vcpus
         .into_iter()
         .zip(pinning.chain(std::iter::repeat(Vec::new())))
-        .map(|(vcpu, host_cpus)| {
-            VcpuHandle::start(vcpu, lifecycle.clone(), host_cpus)
-                .map_err(MachineError::host("starting a vCPU's thread"))
-        })
+        .map(|(vcpu, host_cpus)| VcpuHandle::start(vcpu, lifecycle.clone(), host_cpus))
         .collect()
 }
 
