@@ -1,6 +1,8 @@
 //! Every user-mode instruction form of the CPU model, on random operands, against the host processor: registers, flags,
 //! memory and faults have to be the same.
 //!
+//! `make test` runs a short form of it, `make differential` thousands of states for each form.
+//!
 //! `DIFFERENTIAL_STATES` sets the number of states for each form (default 100), `DIFFERENTIAL_SEED` the seed,
 //! `DIFFERENTIAL_FORM` keeps the forms whose name contains it, `DIFFERENTIAL_VERBOSE=1` lists the skipped forms.
 
