@@ -1,7 +1,7 @@
 # Apiary's front door. `make help` lists what there is.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint unit system lab bench guests clean-machine clean
+.PHONY: help demo test build lint unit system lab bench differential guests clean-machine clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -27,6 +27,10 @@ system: ## real guests, driven through the real programs
 
 lab: ## our KVM engine on a true kvm-amd, inside QEMU's emulated AMD-V
 	@tests/run lab
+
+differential: ## every user-mode instruction form against the host's processor, thousands of states each (long)
+	DIFFERENTIAL_STATES=$${DIFFERENTIAL_STATES:-2000} \
+	    cargo test --release -p apiary-engine-soft --test differential -- --nocapture
 
 bench: ## boot time and a suite of workloads, on the soft engine, QEMU's emulator and the bare host
 	@bench/run

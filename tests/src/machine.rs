@@ -187,8 +187,11 @@ impl Machine {
         let places = Places::default();
         let mut command = match self.vmm {
             Vmm::Bhyve => {
-                let mut command = Command::new(places.program("bhyve"));
+                // Tests may run where some signals are ignored, as under nohup(1), and programs inherit that.
+                let mut command = Command::new("env");
                 command
+                    .arg("--default-signal=HUP,INT,QUIT,TERM")
+                    .arg(places.program("bhyve"))
                     .args(["-A", "-H", "-P", "-c", &self.cpus, "-m", &self.memory])
                     .args(["-s", "0:0,hostbridge", "-s", "1:0,lpc", "-l", "com1,stdio"])
                     .arg("--kernel")

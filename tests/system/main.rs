@@ -8,7 +8,7 @@ mod memtest;
 mod misuse;
 mod terminal;
 
-use guest::{Ended, Report};
+use guest::{Ended, Report, program};
 
 /// The exit statuses of bhyve(8).
 mod status {
@@ -17,6 +17,13 @@ mod status {
     pub const HALT: i32 = 2;
     pub const TRIPLE_FAULT: i32 = 3;
     pub const ERROR: i32 = 4;
+}
+
+/// Whether `bhyvectl --list` shows a machine.
+fn listed(name: &str) -> bool {
+    let output = program("bhyvectl", &["--list"]);
+    assert!(output.status.success(), "bhyvectl --list: {output:?}");
+    String::from_utf8_lossy(&output.stdout).lines().any(|line| line.split_whitespace().next() == Some(name))
 }
 
 /// Asserts how a machine ended; what it said is in the message if that is not so.

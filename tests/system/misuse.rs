@@ -1,22 +1,24 @@
 //! Wrong uses: exit status 4, one line that helps, and nothing left behind.
 
 use std::process::Output;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use guest::{Kernel, Places, program};
 
-use crate::status;
+use crate::{listed, status};
 
 /// Runs bhyve with these options before a machine's name, and gives the line that it said.
 #[track_caller]
 fn refused(options: &[&str]) -> String {
-    let name = format!("misuse-{}", std::process::id());
+    // One that no other test has at this moment.
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("misuse-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let mut arguments = options.to_vec();
     arguments.push(&name);
     let output = program("bhyve", &arguments);
     let line = one_line(&output);
     assert_eq!(output.status.code(), Some(status::ERROR), "{options:?}: {line}");
-    let list = program("bhyvectl", &["--list"]);
-    assert!(!String::from_utf8_lossy(&list.stdout).contains(&name), "{options:?} leaves a machine behind");
+    assert!(!listed(&name), "{options:?} leaves a machine behind");
     line
 }
 

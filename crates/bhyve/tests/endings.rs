@@ -72,6 +72,13 @@ fn strict_io_is_4_and_names_the_port() {
 }
 
 #[test]
+fn an_option_without_effect_says_so() {
+    let Some(outcome) = run("-w", power_off) else { return };
+    assert_eq!(outcome.status, Some(1), "{outcome:?}");
+    assert!(outcome.stderr.contains("-w") && outcome.stderr.contains("no effect"), "{outcome:?}");
+}
+
+#[test]
 fn memory_above_four_gib_is_there() {
     let program = |code: &mut CodeAssembler| {
         // With paging off the guest cannot reach it; the RTC's NVRAM tells its size in 64 KiB at 5Bh to 5Dh.

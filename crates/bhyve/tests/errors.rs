@@ -49,11 +49,11 @@ fn wrong_uses_are_told_in_one_line() {
         ("-s 31,lpc -l com1,./text --kernel ok g", &["com1", "not a terminal"]),
         ("-s 31,lpc -l com1,tcp=203.0.113.1:1 --kernel ok g", &["com1", "203.0.113.1"]),
         ("-s 0,hostbridge g", &["nothing to boot", "--kernel"]),
-        ("--kernel nosuch g", &["nosuch"]),
+        ("--kernel nosuch g", &["--kernel", "nosuch", "check the path"]),
         ("--kernel . g", &["not a file"]),
         ("--kernel empty g", &["empty"]),
         ("--kernel text g", &["text", "bzImage"]),
-        ("--kernel ok --initrd nosuch g", &["nosuch"]),
+        ("--kernel ok --initrd nosuch g", &["--initrd", "nosuch"]),
         ("--engine turbo --kernel ok g", &["turbo", "kvm", "soft"]),
         ("--kernel ok +nosuchfeature g", &["nosuchfeature"]),
         ("-o x86.strictio=maybe --kernel ok g", &["x86.strictio", "maybe"]),
@@ -64,7 +64,11 @@ fn wrong_uses_are_told_in_one_line() {
         assert_one_line(arguments, &bed.run(arguments), words);
         bed.assert_clean();
     }
-    // Loading is the last thing that can fail: a good deal has to be taken down again.
+    // What fails last: a good deal has to be taken down again.
+    let Some(mut command) = bed.guest("-p 0:1023", guest::power_off) else { return };
+    let outcome = Outcome::from(command.output().unwrap());
+    assert_one_line("-p 0:1023", &outcome, &["-p 0:1023", "of this host are 0"]);
+    bed.assert_clean();
     let Some(mut command) = bed.guest("--kernel truncated", guest::power_off) else { return };
     let outcome = Outcome::from(command.output().unwrap());
     assert_one_line("--kernel truncated", &outcome, &["truncated"]);

@@ -6,7 +6,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The file cannot be opened.
-    #[error("cannot open {name}: {source}")]
+    #[error("cannot open {name}: {source}; check the path and its permissions")]
     Open {
         /// The path.
         name: String,

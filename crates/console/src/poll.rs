@@ -27,6 +27,12 @@ fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }
 
+/// Whether the other side of a connection sends no more, even if there is still something of it to be read.
+pub fn has_left(fd: impl AsFd) -> bool {
+    let now = Some(Instant::now());
+    wait([Some((fd.as_fd(), PollFlags::RDHUP))], now).is_ok_and(|[left]| left)
+}
+
 /// Whether the other side of a descriptor has gone.
 pub fn is_hung_up(fd: impl AsFd) -> bool {
     // Hang-ups and errors are told without being asked for.

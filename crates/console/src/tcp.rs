@@ -1,4 +1,4 @@
-//! A TCP port: one client at a time, bytes as they are; when it leaves, the next may come.
+//! A TCP port: one client at a time, bytes as they are; when it leaves, the next may come, at once.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::link::Link;
-use crate::{ConsoleError, Place};
+use crate::{ConsoleError, Place, poll};
 
 /// What a second client is told.
 const BUSY: &[u8] = b"This console is in use by another client.\r\n";
@@ -36,7 +36,9 @@ impl Tcp {
 
     fn admit(&mut self, mut client: TcpStream) -> io::Result<()> {
         client.set_nonblocking(true)?;
-        if self.client.is_some() {
+        // The one before may have left, while a guest that takes no input keeps us from reading the end of its stream.
+        let present = self.client.as_ref().is_some_and(|before| !poll::has_left(before));
+        if present {
             client.write_all(BUSY)?;
         } else {
             // Keystrokes are small and should not wait for more.

@@ -45,11 +45,12 @@ pub fn run(mut link: Box<dyn Link>, shared: &Shared, mut receive: impl FnMut(&[u
         if woken {
             shared.clear_wake();
         }
-        if event {
-            link.on_event();
-        }
+        // What has been sent comes before who comes next: a client may have left to make room.
         if readable {
             read(&mut *link, &mut chunk, &mut pending);
+        }
+        if event {
+            link.on_event();
         }
         if !pending.is_empty() && (readable || shared.take_input_ready()) {
             // Room that is made from here on is told again.

@@ -34,14 +34,31 @@ fn tcp_serves_one_client_after_the_other() {
     guest.expect_input("\x03ls\r");
     guest.print("output");
     expect(&mut first, "output");
-    // The console closes its end when it has noticed that the first client leaves.
-    first.shutdown(std::net::Shutdown::Write).unwrap();
-    assert_eq!(first.read(&mut [0]).unwrap(), 0);
+    // Its last words are heard, and nobody has to wait until the console has noticed that it leaves.
+    send(&mut first, "exit\r");
+    drop(first);
     let mut third = connect(&guest);
+    guest.expect_input("exit\r");
     send(&mut third, "?");
     guest.expect_input("?");
     guest.print("again");
     expect(&mut third, "again");
+}
+
+#[test]
+fn who_has_left_makes_room_even_if_the_guest_takes_no_input() {
+    let dirs = Directories::new();
+    let guest = Guest::deaf(&tcp(), &dirs.place("one"));
+    let mut first = connect(&guest);
+    guest.print("1");
+    expect(&mut first, "1");
+    send(&mut first, "is anybody there?");
+    guest.expect_input("i");
+    send(&mut first, "hello?");
+    drop(first);
+    let mut second = connect(&guest);
+    guest.print("2");
+    expect(&mut second, "2");
 }
 
 #[test]

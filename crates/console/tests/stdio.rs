@@ -72,6 +72,16 @@ fn child() {
 fn child_command(ending: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--ignored", "--exact", "child", "--nocapture"]).env(ENDING, ending);
+    // Tests may run where some signals are ignored, as under nohup(1), and programs inherit that.
+    // SAFETY: signal(2) is async-signal-safe, as what runs between fork and exec has to be.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
     command
 }
 

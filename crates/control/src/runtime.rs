@@ -226,7 +226,7 @@ impl Runtime {
         let directory = VmDirectory { runtime: self.clone(), name: name.to_owned(), path, _lock: lock };
         // From here on a failure drops `directory`, which removes it; it must not wait for the guard we hold.
         if let Err(error) = directory.prepare() {
-            let _ = fs::remove_dir_all(&directory.path);
+            let _ = remove_tree(&directory.path);
             directory.forget();
             return Err(error);
         }
@@ -383,16 +383,7 @@ impl VmDirectory {
 
     /// Removes what a predecessor left and says who we are.
     fn prepare(&self) -> Result<(), RuntimeError> {
-        for file in fs::read_dir(&self.path).map_err(host("reading", &self.path))? {
-            let file = file.map_err(host("reading", &self.path))?;
-            if file.file_name() == "lock" {
-                continue;
-            }
-            let path = file.path();
-            let is_directory = file.file_type().is_ok_and(|t| t.is_dir());
-            let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(host("removing", &path))?;
-        }
+        empty(&self.path)?;
         self.put("pid", &std::process::id().to_string())
     }
 
@@ -454,10 +445,51 @@ fn check_owner(path: &Path) -> Result<(), RuntimeError> {
     Ok(())
 }
 
+/// Removes a VM's directory, its lock last: whatever is left when this process is killed on the way is still known as
+/// the stale directory of a VM.
 fn remove_tree(path: &Path) -> Result<(), RuntimeError> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(host("removing", path)(e)),
-        _ => Ok(()),
+    remove_tree_by(path, &mut remove)
+}
+
+fn remove_tree_by(path: &Path, remove: &mut Remove<'_>) -> Result<(), RuntimeError> {
+    empty_by(path, remove)?;
+    for last in [&path.join("lock"), path] {
+        gone(remove(last)).map_err(host("removing", last))?;
+    }
+    Ok(())
+}
+
+/// Removes everything in a VM's directory but its lock.
+fn empty(path: &Path) -> Result<(), RuntimeError> {
+    empty_by(path, &mut remove)
+}
+
+fn empty_by(path: &Path, remove: &mut Remove<'_>) -> Result<(), RuntimeError> {
+    let files = match fs::read_dir(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(host("reading", path))?,
+    };
+    for file in files {
+        let file = file.map_err(host("reading", path))?;
+        if file.file_name() != "lock" {
+            gone(remove(&file.path())).map_err(host("removing", &file.path()))?;
+        }
+    }
+    Ok(())
+}
+
+/// How one entry is removed.
+type Remove<'a> = dyn FnMut(&Path) -> io::Result<()> + 'a;
+
+fn remove(path: &Path) -> io::Result<()> {
+    if fs::symlink_metadata(path)?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
+}
+
+/// What is not there is removed.
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }
 
@@ -495,4 +527,35 @@ fn is_dying(pid: u32) -> bool {
             .is_some_and(|mask| mask & (1 << (libc::SIGKILL - 1)) != 0)
     });
     exiting || kill_pending
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_free_wherever_its_owner_died_while_removing_it() {
+        let root = std::env::temp_dir().join(format!("apiary-removal-{}", std::process::id()));
+        let runtime = Runtime::at(&root);
+        for survived in 0.. {
+            let directory = runtime.claim("g1").unwrap();
+            directory.set_engine("soft").unwrap();
+            fs::write(directory.socket(), "").unwrap();
+            // As if the process ended there: its lock goes, the rest stays.
+            let mut left = survived;
+            let died = remove_tree_by(directory.path(), &mut |path| {
+                left -= 1;
+                if left < 0 { Err(io::ErrorKind::Interrupted.into()) } else { remove(path) }
+            })
+            .is_err();
+            directory.forget();
+            runtime.claim("g1").unwrap_or_else(|e| panic!("after {survived} removals: {e}"));
+            assert_eq!(runtime.list().unwrap(), vec![], "after {survived} removals");
+            if !died {
+                assert!(survived >= 5, "pid, engine, socket, lock and directory were to be removed");
+                break;
+            }
+        }
+        fs::remove_dir_all(root).unwrap();
+    }
 }

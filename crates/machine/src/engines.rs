@@ -10,7 +10,7 @@ pub fn engines() -> Vec<Box<dyn Engine>> {
 }
 
 /// Chooses one of `engines`: the one of `wanted` kind as it is, or with `None` (`auto`) the first that proves fit.
-/// Where `auto` passes an engine over, `notice` is told why, in one line.
+/// Where `auto` passes an engine over, or the wanted one is not fit, `notice` is told why, in one line.
 ///
 /// # Errors
 /// The build has no such engine, or none of its engines is fit.
@@ -20,7 +20,12 @@ pub fn choose(
     notice: &mut dyn FnMut(&str),
 ) -> Result<Box<dyn Engine>, MachineError> {
     if let Some(kind) = wanted {
-        return engines.into_iter().find(|e| e.kind() == kind).ok_or(MachineError::NoSuchEngine(kind));
+        let engine =
+            engines.into_iter().find(|e| e.kind() == kind).ok_or(MachineError::NoSuchEngine(kind))?;
+        if let Fitness::Unfit(why) = engine.probe() {
+            notice(&format!("engine {kind} is used as asked, but guests may not run ({why})"));
+        }
+        return Ok(engine);
     }
     let mut passed_over: Option<(EngineKind, String)> = None;
     for engine in engines {
@@ -84,7 +89,9 @@ mod tests {
         let (chosen, notices) = pick(unfit("it only emulates"), Fitness::Fit, None);
         assert_eq!(chosen, Ok(Soft));
         assert_eq!(notices, ["engine auto: kvm is passed over (it only emulates); using soft"]);
-        assert_eq!(pick(unfit("x"), Fitness::Fit, Some(Kvm)), (Ok(Kvm), vec![]), "who asks for it gets it");
+        let (chosen, notices) = pick(unfit("it only emulates"), Fitness::Fit, Some(Kvm));
+        assert_eq!(chosen, Ok(Kvm), "who asks for it gets it");
+        assert_eq!(notices, ["engine kvm is used as asked, but guests may not run (it only emulates)"]);
         assert_eq!(pick(Fitness::Fit, Fitness::Fit, Some(Soft)), (Ok(Soft), vec![]));
         let (none, _) = pick(unfit("no /dev/kvm"), unfit("x"), None);
         assert!(none.unwrap_err().contains("no /dev/kvm"));

@@ -78,6 +78,14 @@ pub enum MachineError {
         /// Why.
         source: engine::EngineError,
     },
+    /// A file to boot from cannot be used.
+    #[error("{option}: {source}")]
+    BootFile {
+        /// The option that names it.
+        option: &'static str,
+        /// Why.
+        source: boot::LoadError,
+    },
     /// The guest cannot be loaded.
     #[error(transparent)]
     Load(#[from] boot::LoadError),
@@ -101,6 +109,16 @@ pub enum MachineError {
         /// Why.
         source: devices::pci::config::ConfigError,
     },
+    /// The host has no processor to pin a vCPU to.
+    #[error("-p {vcpu}:{}: {source}; the processors of this host are {}", list(.host_cpus), online())]
+    Pin {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Where it was to run.
+        host_cpus: Vec<u32>,
+        /// The host's answer.
+        source: io::Error,
+    },
     /// The name is in use, or its directory cannot be made.
     #[error(transparent)]
     Runtime(#[from] control::RuntimeError),
@@ -112,6 +130,16 @@ pub enum MachineError {
         /// The host's answer.
         source: io::Error,
     },
+}
+
+fn list(numbers: &[u32]) -> String {
+    numbers.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// The host's processors, as the kernel writes them: `0-3`.
+fn online() -> String {
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    if online.is_empty() { "not known".into() } else { online.trim_end().into() }
 }
 
 impl MachineError {

@@ -26,9 +26,10 @@ impl BootFiles {
     /// There is nothing to boot, or a file cannot be used.
     pub fn open(settings: &VmSettings) -> Result<Self, MachineError> {
         let boot = settings.boot.as_ref().ok_or(MachineError::NothingToBoot)?;
-        let kernel = Image::open(&boot.kernel)?;
-        boot::detect(&kernel)?;
-        let initrd = boot.initrd.as_deref().map(Image::open).transpose()?;
+        let named = |option| move |source| MachineError::BootFile { option, source };
+        let kernel = Image::open(&boot.kernel).map_err(named("--kernel"))?;
+        boot::detect(&kernel).map_err(named("--kernel"))?;
+        let initrd = boot.initrd.as_deref().map(Image::open).transpose().map_err(named("--initrd"))?;
         Ok(BootFiles { kernel, initrd, command_line: boot.cmdline.clone() })
     }
 }

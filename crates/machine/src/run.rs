@@ -43,6 +43,11 @@ pub fn run(tree: &Tree, environment: Environment<'_>) -> Result<Ending, MachineE
     for note in &settings.notes {
         notice(note);
     }
+    if !settings.strict_msr {
+        notice(
+            "-w (x86.strictmsr=false) has no effect in this build: accesses to MSRs that are not emulated fault",
+        );
+    }
     assembly::check_available(&settings)?;
     let layout = MemoryLayout::new(settings.memory.size_bytes)?;
     memory::check_host(&layout)?;
@@ -236,10 +241,7 @@ fn start_vcpus(
     vcpus
         .into_iter()
         .zip(pinning.chain(std::iter::repeat(Vec::new())))
-        .map(|(vcpu, host_cpus)| {
-            VcpuHandle::start(vcpu, lifecycle.clone(), host_cpus)
-                .map_err(MachineError::host("starting a vCPU's thread"))
-        })
+        .map(|(vcpu, host_cpus)| VcpuHandle::start(vcpu, lifecycle.clone(), host_cpus))
         .collect()
 }
 

@@ -1,12 +1,13 @@
 //! The threads that run vCPUs.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use engine::{Exit, Kick, Vcpu};
 
+use crate::MachineError;
 use crate::lifecycle::{Ending, Lifecycle};
 
 /// A vCPU's thread.
@@ -35,23 +36,33 @@ impl VcpuHandle {
     /// runs only on those processors of the host.
     ///
     /// # Errors
-    /// The host refuses the thread.
-    pub fn start(vcpu: Box<dyn Vcpu>, lifecycle: Arc<Lifecycle>, host_cpus: Vec<u32>) -> io::Result<Self> {
+    /// The host refuses the thread, or has none of those processors for it.
+    pub fn start(
+        vcpu: Box<dyn Vcpu>,
+        lifecycle: Arc<Lifecycle>,
+        host_cpus: Vec<u32>,
+    ) -> Result<Self, MachineError> {
         let id = vcpu.id();
         let kicker = vcpu.kicker();
         let nmi = Arc::new(AtomicBool::new(false));
         lifecycle.add_vcpu(kicker.clone());
+        let (pinned, is_pinned) = mpsc::sync_channel(1);
         let thread = {
-            let (nmi, lifecycle) = (nmi.clone(), lifecycle.clone());
+            let (nmi, lifecycle, host_cpus) = (nmi.clone(), lifecycle.clone(), host_cpus.clone());
             thread::Builder::new().name(format!("vcpu {id}")).spawn(move || {
-                if let Err(error) = pin(&host_cpus) {
-                    let cpus = host_cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-                    lifecycle.end(Ending::Failed(format!("-p {id}:{cpus}: cannot pin vCPU {id}: {error}")));
-                }
+                // The receiver waits for it.
+                let _ = pinned.send(pin(&host_cpus));
                 run(vcpu, &lifecycle, &nmi);
             })
         };
-        Ok(VcpuHandle { remote: VcpuRemote { kicker, nmi }, thread: Some(thread?) })
+        let thread = thread.map_err(MachineError::host("starting a vCPU's thread"))?;
+        match is_pinned.recv() {
+            Ok(Err(source)) => Err(MachineError::Pin { vcpu: id, host_cpus, source }),
+            // A thread that ended without a word has panicked, and told the lifecycle so.
+            Ok(Ok(())) | Err(_) => {
+                Ok(VcpuHandle { remote: VcpuRemote { kicker, nmi }, thread: Some(thread) })
+            }
+        }
     }
 
     /// The side for others.

@@ -7,6 +7,7 @@ pub mod guest;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, ChildStdout, Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -60,6 +61,16 @@ impl Bed {
             .env("APIARY_RUN", self.runtime())
             .current_dir(self.directory.path())
             .stdin(Stdio::null());
+        // Tests may run where some signals are ignored, as under nohup(1), and programs inherit that.
+        // SAFETY: signal(2) is async-signal-safe, as what runs between fork and exec has to be.
+        unsafe {
+            command.pre_exec(|| {
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
+                Ok(())
+            });
+        }
         command
     }
 

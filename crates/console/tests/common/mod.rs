@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -77,6 +78,19 @@ impl Guest {
                 take_all(&sender, &bytes[..step.min(bytes.len())])
             })
             .unwrap();
+        Guest { console, input }
+    }
+
+    /// Takes one byte, then nothing any more.
+    pub fn deaf(backend: &Backend, place: &Place) -> Self {
+        let console = Console::open(backend, place).unwrap_or_else(|error| panic!("{error}"));
+        let (sender, input) = channel();
+        let taken = AtomicBool::new(false);
+        let take = move |bytes: &[u8]| match taken.swap(true, Ordering::Relaxed) {
+            false => take_all(&sender, &bytes[..1]),
+            true => 0,
+        };
+        console.start(take).unwrap();
         Guest { console, input }
     }
 

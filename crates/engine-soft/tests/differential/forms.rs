@@ -5,7 +5,7 @@ use iced_x86::{
     OpCodeOperandKind, OpKind, Register,
 };
 
-use super::inputs::target;
+use super::inputs::{is_xsave, target};
 use super::state::*;
 use super::values::Random;
 
@@ -89,9 +89,8 @@ fn testable(code: Code) -> Result<(), Skip> {
         Sldt | Str | Smsw | Sgdt | Sidt | Lar | Lsl | Verr | Verw | Arpl | Lds | Les | Lfs | Lgs | Lss
         | Retf | Iret | Iretd | Iretq => return Err(Skip::Segments),
         Rdfsbase | Wrfsbase | Wrgsbase => return Err(Skip::HostThread),
-        Xsave | Xsave64 | Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 | Xrstor | Xrstor64 => {
-            return Err(Skip::Environment);
-        }
+        // What these leave out is what the processor has seen since some earlier XRSTOR.
+        Xsavec | Xsavec64 | Xsaveopt | Xsaveopt64 => return Err(Skip::Environment),
         _ => {}
     }
     let far = matches!(code, Code::Jmp_m1616 | Code::Jmp_m1632 | Code::Jmp_m1664)
@@ -386,6 +385,13 @@ fn attempt(form: Form, random: &mut Random) -> Option<Encoding> {
             _ => random.pick(&[Register::DS, Register::ES, Register::SS]),
         };
         instruction.set_segment_prefix(choice);
+    }
+    if is_xsave(&instruction) {
+        // EDX:EAX is not free to be part of the address.
+        let parts = [instruction.memory_base(), instruction.memory_index()];
+        if parts.iter().any(|part| matches!(part.full_register(), Register::RAX | Register::RDX)) {
+            return None;
+        }
     }
     let mut encoder = Encoder::new(bitness);
     encoder.encode(&instruction, ip).ok()?;

@@ -95,6 +95,11 @@ pub fn state(form: Form, encoding: &Encoding, memory: &mut Memory, random: &mut 
             memory.0.fill(value);
         }
     }
+    if is_xsave(instruction) {
+        // x87, SSE and AVX; the host may have more.
+        state.gpr[0] = random.below(8);
+        state.gpr[2] = 0;
+    }
     if bitness != 64 {
         state.gpr.iter_mut().for_each(|gpr| *gpr &= 0xffff_ffff);
         state.gpr[8..].fill(0);
@@ -224,6 +229,14 @@ fn explicit_operand(
         // Accesses across cache lines with LOCK are slow, and fatal on some hosts.
         linear &= !15;
     }
+    if is_xsave(instruction) {
+        let most = WRITABLE.end - WRITABLE.start - XSAVE_BYTES as u64;
+        linear = WRITABLE.start + (random.below(most) & !63);
+        if random.percent(5) {
+            linear += random.below(64);
+        }
+        xsave_area(&mut memory.0[(linear - DATA) as usize..][..XSAVE_BYTES], random);
+    }
     if index.is_vector_register() {
         let lane_bytes = if instruction.mnemonic().to_lane_bytes() == 4 { 4 } else { 8 };
         let scale = u64::from(instruction.memory_index_scale());
@@ -244,7 +257,9 @@ fn explicit_operand(
         random.fill(&mut state.vector[mask.number()]);
     }
     let bytes = random.below(3);
-    if let Some(slot) = memory.0.get_mut(linear.wrapping_sub(DATA) as usize..).and_then(|rest| {
+    if is_xsave(instruction) {
+        // There already.
+    } else if let Some(slot) = memory.0.get_mut(linear.wrapping_sub(DATA) as usize..).and_then(|rest| {
         let len = rest.len().min(32);
         rest.get_mut(..len)
     }) {
@@ -305,6 +320,33 @@ fn explicit_operand(
     {
         let number = instruction.op1_register().number();
         state.gpr[number] = random.below(8000).wrapping_sub(4000);
+    }
+}
+
+/// Bytes of the standard-form area for x87, SSE and AVX.
+const XSAVE_BYTES: usize = 576 + 256;
+
+/// XSAVE and XRSTOR, whose implicit operands are the components to be stored or loaded.
+pub fn is_xsave(instruction: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(instruction.mnemonic(), Xsave | Xsave64 | Xrstor | Xrstor64)
+}
+
+/// Something that XRSTOR mostly accepts (SDM 1 §13.8).
+fn xsave_area(area: &mut [u8], random: &mut Random) {
+    random.fill(area);
+    let any_mxcsr = random.percent(5);
+    let mxcsr = random.next() as u32 & if any_mxcsr { u32::MAX } else { 0xffff };
+    area[image::MXCSR..][..4].copy_from_slice(&mxcsr.to_le_bytes());
+    let value = random.extended();
+    area[image::REGISTERS..][..10].copy_from_slice(&value);
+    // Header: XSTATE_BV, XCOMP_BV, and what must be zero.
+    area[512..576].fill(0);
+    area[512] = random.below(8) as u8;
+    if random.percent(5) {
+        // Beyond the components that hosts have, and not the bit that says that the area is compacted.
+        let wrong = random.pick(&[3, 4, 7, 8, 9, 14, 16, 23]);
+        area[512 + wrong] |= 1 << random.below(8);
     }
 }
 

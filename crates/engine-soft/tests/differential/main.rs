@@ -1,6 +1,8 @@
 //! Every user-mode instruction form of the CPU model, on random operands, against the host processor: registers, flags,
 //! memory and faults have to be the same.
 //!
+//! `make test` runs a short form of it, `make differential` thousands of states for each form.
+//!
 //! `DIFFERENTIAL_STATES` sets the number of states for each form (default 100), `DIFFERENTIAL_SEED` the seed,
 //! `DIFFERENTIAL_FORM` keeps the forms whose name contains it, `DIFFERENTIAL_VERBOSE=1` lists the skipped forms,
 //! `DIFFERENTIAL_TRACE=1` names each form before it runs.
@@ -201,7 +203,8 @@ fn comparable_end(case: &Case<'_>, end: End) -> End {
         case.instruction.mnemonic(),
         Fldenv | Fnstenv | Frstor | Fnsave | Maskmovq | Maskmovdqu | Vmaskmovdqu
     );
-    let image = matches!(case.instruction.mnemonic(), Fxsave | Fxsave64 | Fxrstor | Fxrstor64);
+    let image = matches!(case.instruction.mnemonic(), Fxsave | Fxsave64 | Fxrstor | Fxrstor64)
+        || inputs::is_xsave(case.instruction);
     match end {
         End::Fault { vector, error_code, address } if piecewise => {
             End::Fault { vector, error_code, address: address & !(PAGE - 1) }
@@ -237,6 +240,13 @@ fn differences(
     // AMD's processors read four bytes and use two.
     let reads_more = case.instruction.code() == Code::Movsxd_r16_rm16;
     if reads_more && matches!(expected.end, End::Fault { vector: 14, .. }) {
+        return found;
+    }
+    // A processor may find fault with the header of an XRSTOR before it reads what comes behind.
+    if matches!(case.instruction.mnemonic(), Mnemonic::Xrstor | Mnemonic::Xrstor64)
+        && matches!(expected.end, End::Fault { vector: 13, .. })
+        && matches!(outcome.end, End::Fault { vector: 14, .. })
+    {
         return found;
     }
     if comparable_end(case, expected.end) != comparable_end(case, outcome.end) {
@@ -337,7 +347,16 @@ fn differences(
         }
     }
     if host_memory != memory {
-        for (at, (a, b)) in host_memory.iter().zip(memory).enumerate().filter(|(_, (a, b))| a != b).take(8) {
+        // Which of the stored components are in their initial state a processor need not notice.
+        let in_use = matches!(case.instruction.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64).then(|| {
+            let area = inputs::linear_address(case.instruction, 0, case.bitness, case.state, 0);
+            area.wrapping_sub(DATA).wrapping_add(512) as usize
+        });
+        let stored = case.state.gpr[0] as u8;
+        let differ = |(at, (a, b)): &(usize, (&u8, &u8))| {
+            if Some(*at) == in_use { (*a ^ *b) & !stored != 0 } else { a != b }
+        };
+        for (at, (a, b)) in host_memory.iter().zip(memory).enumerate().filter(differ).take(8) {
             found.push(format!("memory {:x}: host {a:02x}, we {b:02x}", DATA + at as u64));
         }
     }
