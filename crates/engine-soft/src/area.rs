@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
-use crate::tlb::{Privilege, Tables};
+use crate::tlb::Tables;
 use crate::translate::cache::Epoch;
 use crate::translate::targets::Targets;
 use crate::user::UserRegs;
@@ -73,7 +73,7 @@ const SHADOW_BYTES: usize = 64 << 10;
 pub struct Shadow {
     guard: [u8; 4096],
     words: [u64; SHADOW_BYTES / 8],
-    /// What is found where nothing has been pushed: an address to return to, and a RIP that is none.
+    /// What is found where nothing has been pushed: an address to return to, and a RIP.
     bottom: [u64; 512],
 }
 
@@ -206,9 +206,8 @@ impl Owner {
         unsafe { &mut (*self.0.base.as_ptr()).front.run }
     }
 
-    /// The mapping that a branch to `rip` can be linked for: until it ends, the page of `rip` stays where it is.
-    pub fn epoch(&mut self, privilege: Privilege, rip: u64, global: bool) -> Epoch {
-        self.targets().note_page(privilege, rip);
+    /// The mapping that a branch can be linked for: until it ends, pages of code stay where they are.
+    pub fn epoch(&mut self, global: bool) -> Epoch {
         let index = usize::from(global);
         let offset = run_offset!(epochs) + size_of::<u32>() as i32 * index as i32;
         Epoch { offset, number: self.run().epochs[index] }
@@ -230,12 +229,12 @@ impl Owner {
 
     /// Prepares the stack of translated code: with nothing on it, a return leads to `nowhere`.
     pub fn prepare_shadow(&mut self, nowhere: u64) {
-        /// Not canonical, so no return address.
-        const NO_RIP: u64 = 1 << 63;
+        /// A RIP that leaving for is what a return to it does: there is nothing to be tried first.
+        const SOME_RIP: u64 = 0;
         // SAFETY: only the owner touches it, and it is borrowed.
         let bottom = unsafe { &mut (*self.0.base.as_ptr()).shadow.bottom };
         bottom[0] = nowhere;
-        bottom[1] = NO_RIP;
+        bottom[1] = SOME_RIP;
         self.run().shadow_top = bottom.as_ptr() as u64;
     }
 

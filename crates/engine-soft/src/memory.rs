@@ -90,6 +90,12 @@ impl MemoryMap {
         Some((slot, slot.gpa + offset_in(slot)))
     }
 
+    /// A number that changes whenever code in memory changes, whoever wrote it.
+    #[inline]
+    pub fn code_changes(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.tracker().code_changes()).sum()
+    }
+
     /// The region with this name.
     pub fn slot(&self, slot: u32) -> Option<&RamSlot> {
         self.slots.iter().find(|s| s.slot == slot)

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use vm_memory::bitmap::{Bitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -31,6 +31,8 @@ pub const CODE: u8 = 1 << 1;
 pub struct PageTracker {
     flags: Box<[AtomicU8]>,
     generations: Box<[AtomicU32]>,
+    /// Generations that have ended so far, of all pages.
+    code_changes: AtomicU64,
 }
 
 impl PageTracker {
@@ -40,6 +42,7 @@ impl PageTracker {
         PageTracker {
             flags: (0..pages).map(|_| AtomicU8::new(0)).collect(),
             generations: (0..pages).map(|_| AtomicU32::new(0)).collect(),
+            code_changes: AtomicU64::new(0),
         }
     }
 
@@ -56,6 +59,11 @@ impl PageTracker {
     /// Generation of a page's code.
     pub fn generation(&self, page: usize) -> u32 {
         self.generations[page].load(Ordering::Acquire)
+    }
+
+    /// A number that grows whenever a page that holds code gets a new generation.
+    pub fn code_changes(&self) -> u64 {
+        self.code_changes.load(Ordering::Acquire)
     }
 
     /// The generation counter of a page, for engines that keep a reference to it.
@@ -78,6 +86,7 @@ impl PageTracker {
         let old = self.flags[page].swap(DIRTY, Ordering::SeqCst);
         if old & CODE != 0 {
             self.generations[page].fetch_add(1, Ordering::SeqCst);
+            self.code_changes.fetch_add(1, Ordering::SeqCst);
         }
     }
 
@@ -179,6 +188,7 @@ mod tests {
         assert_eq!(pages.bitmap().flags(1), DIRTY, "a write takes the code mark away");
         assert_eq!(pages.bitmap().generation(1), 1);
         assert_eq!(pages.bitmap().generation(0), 0);
+        assert_eq!(pages.bitmap().code_changes(), 1);
         assert_eq!(pages.bitmap().take_dirty(), vec![0b11]);
         assert_eq!(pages.bitmap().take_dirty(), vec![0]);
     }

@@ -62,10 +62,6 @@ impl Extent {
     fn copy(&self) -> Extent {
         Extent { generation: AtomicU32::new(self.generation.load(Ordering::Relaxed)), ..*self }
     }
-
-    fn take_generation(&self, from: &Extent) {
-        self.generation.store(from.generation.load(Ordering::Relaxed), Ordering::Relaxed);
-    }
 }
 
 impl Block {
@@ -97,19 +93,6 @@ impl Block {
             second: self.second.as_ref().map(Extent::copy),
             heat: AtomicU32::new(0),
         }
-    }
-
-    /// Another block, which is current, was decoded from the same bytes at the same places: then so is this one.
-    pub fn confirm_by(&self, other: &Block) -> bool {
-        let places = |block: &Block| (block.first.gpa, block.second.as_ref().map(|second| second.gpa));
-        if places(self) != places(other) || self.bytes != other.bytes {
-            return false;
-        }
-        self.first.take_generation(&other.first);
-        if let (Some(own), Some(second)) = (&self.second, &other.second) {
-            own.take_generation(second);
-        }
-        true
     }
 
     /// How often it was interpreted.

@@ -106,6 +106,12 @@ impl Cpu {
         self.tlb().is_global_code(self.fetch_privilege(), linear & !PAGE_MASK)
     }
 
+    /// The guest-physical address of code at a linear address, if it is in RAM.
+    pub(crate) fn fetch_gpa(&mut self, linear: u64) -> R<Option<u64>> {
+        let Place::Host(host) = self.fetch_place(linear)? else { return Ok(None) };
+        Ok(self.map.find_host(host).map(|(_, gpa)| gpa))
+    }
+
     /// Where the page after the one of a linear address is.
     fn fetch_next_page(&mut self, linear: u64) -> R<Place> {
         let next = self.wrap_linear((linear & !PAGE_MASK).wrapping_add(PAGE_SIZE));
@@ -131,7 +137,7 @@ impl Cpu {
     }
 
     /// Whether a block that spans pages has its second part where the page after `linear` is now.
-    fn continues_at(&mut self, block: &Block, linear: u64) -> R<bool> {
+    pub(crate) fn continues_at(&mut self, block: &Block, linear: u64) -> R<bool> {
         let Some(second) = &block.second else { return Ok(true) };
         let Place::Host(host) = self.fetch_next_page(linear)? else { return Ok(false) };
         Ok(self.map.find_host(host).is_some_and(|(_, gpa)| gpa == second.gpa))
@@ -173,7 +179,7 @@ impl Cpu {
     }
 
     /// A page was written: is the block's code still the same?
-    fn revalidate(&mut self, block: &Block) -> bool {
+    pub(crate) fn revalidate(&mut self, block: &Block) -> bool {
         let in_first = block.bytes_in_first_page();
         let (head, tail) = block.bytes.split_at(in_first);
         self.is_still(&block.first, head)

@@ -146,8 +146,15 @@ pub fn elements(cpu: &mut Cpu, op: &Op) -> F {
                 let element = plan.elements()[index];
                 let len = u32::from(element.len_bytes);
                 let address = cpu.linear(op.segment, element.address, len, Access::Read)?;
-                let mut data = [0u8; 8];
-                cpu.read_bytes(address, &mut data[..len as usize])?;
+                let data = match len {
+                    4 => u64::from(cpu.read::<u32>(address)?).to_le_bytes(),
+                    8 => cpu.read::<u64>(address)?.to_le_bytes(),
+                    _ => {
+                        let mut data = [0u8; 8];
+                        cpu.read_bytes(address, &mut data[..len as usize])?;
+                        data
+                    }
+                };
                 plan.loaded(index, data, &mut cpu.user);
             }
         }

@@ -412,16 +412,18 @@ impl Builder<'_> {
         self.cold.push(Cold::Unlinked { label, link: number, offset: offset as i32, flags: self.flags });
     }
 
-    /// A branch into another page, `delta` bytes from here; the flags have to be in memory, the host's are lost. `emit` writes
-    /// the jump or call to the label it gets.
+    /// A branch into another page, or to what may reach into one; the flags have to be in memory, the host's are lost. `emit`
+    /// writes the jump or call to the label it gets.
     pub fn link_to_page(&mut self, offset: i64, emit: impl FnOnce(&mut Asm, Label)) {
         self.clobber_flags();
         let unlinked = self.asm.label();
         let guard = self.asm.cmp_area_wide(run_offset!(epochs), 0);
         self.asm.jcc(cond::NE, unlinked);
         let page = offset & !(PAGE_SIZE as i64 - 1);
-        self.load_rip(T0, page);
-        self.asm.store(Width::W64, Rm::Area(run_offset!(page)), T0);
+        if page != 0 {
+            self.load_rip(T0, page);
+            self.asm.store(Width::W64, Rm::Area(run_offset!(page)), T0);
+        }
         let label = self.asm.label();
         emit(&mut self.asm, label);
         let field = self.asm.size() - 4;

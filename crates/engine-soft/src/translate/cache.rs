@@ -275,6 +275,11 @@ impl Cache {
         self.lead(record.field, entry);
     }
 
+    /// Whether a branch looks before it whether its target is still where it was.
+    pub fn is_guarded(&self, link: u32) -> bool {
+        self.links[link as usize].guard.is_some()
+    }
+
     /// Makes the branch whose rel32 is at `field` go to `target`.
     fn lead(&mut self, field: u64, target: u64) {
         self.arena.patch(field, (target.wrapping_sub(field + 4) as u32).to_le_bytes());
@@ -291,6 +296,13 @@ impl Cache {
             self.lead(field, unlinked);
         }
         true
+    }
+
+    /// Guest-physical addresses of the pages that were written since a unit of them was last looked at.
+    pub fn changed_pages(&self) -> Vec<u64> {
+        let changed =
+            |numbers: &Vec<u32>| numbers.iter().any(|n| !self.units[*n as usize].block.is_current());
+        self.by_page.iter().filter(|(_, numbers)| changed(numbers)).map(|(page, _)| page << 12).collect()
     }
 
     /// Forgets every unit. None may be running, and no address of one may be used afterwards.

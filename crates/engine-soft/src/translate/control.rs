@@ -13,6 +13,8 @@ use super::registers::{T0, T1};
 use super::targets::{INDEX_BITS, MIX_SHIFT, Table, Target};
 use crate::area::{ATTENTION_OFFSET, Layout, run_offset};
 
+/// Longest instruction in bytes.
+const MAX_INSTRUCTION: i64 = 15;
 /// The page that a RIP lies in, as a mask.
 const PAGE_OF: i32 = -(PAGE_SIZE as i32);
 
@@ -21,9 +23,15 @@ impl Builder<'_> {
         (0..PAGE_SIZE as i64).contains(&offset)
     }
 
+    /// Whether the instruction at an offset lies in the same page as a whole, so that it is where it is as long as this
+    /// code is.
+    fn is_near(offset: i64) -> bool {
+        (0..PAGE_SIZE as i64 - (MAX_INSTRUCTION - 1)).contains(&offset)
+    }
+
     /// Goes on at an offset relative to the page.
     pub fn go_to(&mut self, offset: i64) {
-        if Self::in_page(offset) {
+        if Self::is_near(offset) {
             if offset <= i64::from(self.offset) {
                 // Every loop has to notice when something is wanted of the vCPU.
                 self.save_flags();
@@ -33,7 +41,7 @@ impl Builder<'_> {
             self.link(offset, |asm, label| asm.jmp(label));
         } else {
             self.save_flags();
-            if offset < 0 {
+            if offset <= i64::from(self.offset) {
                 let exit = self.exit(offset);
                 self.check_attention(exit);
             }
@@ -47,7 +55,7 @@ impl Builder<'_> {
         let condition = instruction.condition_code() as u8 - 1;
         let target = instruction.near_branch_target() as i64;
         let next = instruction.next_ip() as i64;
-        if Self::in_page(target) && target > i64::from(self.offset) {
+        if Self::is_near(target) && target > i64::from(self.offset) {
             self.link(target, |asm, label| asm.jcc(condition, label));
         } else {
             let fall_through = self.asm.label();
@@ -63,9 +71,14 @@ impl Builder<'_> {
     /// CALL with a relative target.
     pub fn call(&mut self, instruction: &Instruction) {
         self.save_flags();
-        self.push_return_address(instruction);
         let target = instruction.near_branch_target() as i64;
-        if Self::in_page(target) {
+        if target <= i64::from(self.offset) {
+            // Calls alone can make a loop too.
+            let exit = self.exit(i64::from(self.offset));
+            self.check_attention(exit);
+        }
+        self.push_return_address(instruction);
+        if Self::is_near(target) {
             self.link(target, |asm, label| asm.call(label));
         } else {
             self.link_to_page(target, |asm, label| asm.call(label));
@@ -92,8 +105,10 @@ impl Builder<'_> {
         let next = instruction.next_ip() as i64;
         let in_its_page = next & (PAGE_SIZE as i64 - 1);
         self.flags = Place::Memory;
-        if Self::in_page(next) {
+        if Self::is_near(next) {
             self.link(next, |asm, label| asm.jmp(label));
+        } else if Self::in_page(next) {
+            self.link_to_page(next, |asm, label| asm.jmp(label));
         } else {
             self.asm.mov_simm32(T1, in_its_page as i32);
             self.asm.alu(Alu::Add, Width::W64, T1, Rm::Area(run_offset!(page)));

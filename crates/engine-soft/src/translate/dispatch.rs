@@ -8,8 +8,9 @@ use iced_x86::{Encoder, InstructionInfoFactory};
 use x86::Exception;
 
 use super::block::{is_supported, translate};
-use super::cache::{AddressSource, Cache, Purpose, Site, Variant};
+use super::cache::{AddressSource, Cache, Purpose, Site, Unit, Variant};
 use super::runtime::Kind;
+use super::targets::Pages;
 use crate::area::NO_LINK;
 use crate::cpu::{Cpu, Mode, R, Raised, gpr};
 use crate::interp::block::Block;
@@ -61,6 +62,10 @@ pub struct Translator {
     variants: [Option<Variant>; 3],
     /// The branch through which translated code was left.
     unlinked: Option<Unlinked>,
+    /// How much code had changed when it was last looked for.
+    code_changes: u64,
+    /// On which pages targets and links depend.
+    pages: Pages,
     /// The interpreter raised an exception in the code that was left.
     raised: bool,
 }
@@ -87,6 +92,8 @@ impl Translator {
             hot,
             variants: [None; 3],
             unlinked: None,
+            code_changes: 0,
+            pages: Pages::default(),
             raised: false,
         }))
     }
@@ -148,6 +155,7 @@ impl Cpu {
         let rip = self.user.rip;
         let privilege = variant.privilege();
         self.renew_epochs();
+        self.notice_code_changes();
         let Some(translator) = &mut self.translator else { return self.interpret_block() };
         if translator.variants[privilege as usize] != Some(variant) {
             translator.variants[privilege as usize] = Some(variant);
@@ -160,43 +168,72 @@ impl Cpu {
             return self.enter(variant.kind(), code);
         }
         self.counters.target_misses += 1;
-        let block = self.find_block()?;
-        // SAFETY: the block is alive until the cache is changed, which only this thread does.
-        let found = unsafe { &*block };
-        let Some(unit) = self.unit_for(found, variant) else { return self.run_block(block) };
-        let spans = found.spans();
-        let Some(translator) = &mut self.translator else { return Ok(()) };
-        let code = translator.cache.unit(unit).entry_memory;
-        let clears = translator.cache.clears();
-        let global = self.is_global_code(rip);
-        match unlinked {
-            // What spans pages depends on the mapping of both, so it is only entered by its linear address.
-            Some(unlinked) if !spans && unlinked.clears == clears => {
-                self.counters.links += 1;
-                let epoch = self.user.epoch(privilege, rip, global);
-                if let Some(translator) = &mut self.translator {
-                    translator.cache.link(unlinked.link, unit, epoch);
+        let unit = match self.known_unit(variant)? {
+            Some(unit) => unit,
+            None => {
+                let block = self.find_block()?;
+                // SAFETY: the block is alive until the cache is changed, which only this thread does.
+                match self.new_unit(unsafe { &*block }, variant) {
+                    Some(unit) => unit,
+                    None => return self.run_block(block),
                 }
+            }
+        };
+        let Some(translator) = &self.translator else { return Ok(()) };
+        let Unit { block, entry_memory: code, .. } = translator.cache.unit(unit);
+        let (code, spans) = (*code, block.spans());
+        let next_page = rip.wrapping_add(x86::paging::PAGE_SIZE);
+        let global = self.is_global_code(rip) && (!spans || self.is_global_code(next_page));
+        let epoch = self.user.epoch(global);
+        let Some(translator) = &mut self.translator else { return Ok(()) };
+        translator.pages.note(rip, global);
+        let clears = translator.cache.clears();
+        match unlinked {
+            // What spans pages depends on the mapping of both: a branch has to look.
+            Some(Unlinked { link, clears: then, .. })
+                if then == clears && (!spans || translator.cache.is_guarded(link)) =>
+            {
+                self.counters.links += 1;
+                translator.cache.link(link, unit, epoch);
             }
             _ => self.user.targets().insert(privilege, rip, code, global),
         }
         self.enter(variant.kind(), code)
     }
 
-    /// The translation of a block, if it has one or is worth one.
-    fn unit_for(&mut self, block: &Block, variant: Variant) -> Option<u32> {
-        let translator = self.translator.as_mut()?;
-        if let Some(unit) = translator.cache.find(block.gpa(), variant) {
-            let translated = translator.cache.unit(unit).block.clone();
-            if translated.is_current() {
-                return Some(unit);
-            }
+    /// Looks for pages of code that a device wrote. (What a vCPU writes is known at once.)
+    fn notice_code_changes(&mut self) {
+        let changes = self.map.code_changes();
+        let Some(translator) = &mut self.translator else { return };
+        if translator.code_changes == changes {
+            return;
+        }
+        translator.code_changes = changes;
+        for gpa in translator.cache.changed_pages() {
+            self.suspend_code(gpa);
+        }
+    }
+
+    /// The translation of the code at RIP, if there is one and it is still right.
+    fn known_unit(&mut self, variant: Variant) -> R<Option<u32>> {
+        let linear = self.linear_ip(self.user.rip);
+        self.check_fetch(self.user.rip)?;
+        let Some(gpa) = self.fetch_gpa(linear)? else { return Ok(None) };
+        let Some(translator) = &self.translator else { return Ok(None) };
+        let Some(unit) = translator.cache.find(gpa, variant) else { return Ok(None) };
+        let block = translator.cache.unit(unit).block.clone();
+        if !block.is_current() {
             // Its page was written, maybe by a device: nothing of it can be relied on until it has been looked at.
-            self.suspend_code(block.gpa());
-            if translated.confirm_by(block) {
-                return Some(unit);
+            self.suspend_code(gpa);
+            if !self.revalidate(&block) {
+                return Ok(None);
             }
         }
+        Ok(self.continues_at(&block, linear)?.then_some(unit))
+    }
+
+    /// Translates a block if it is worth it.
+    fn new_unit(&mut self, block: &Block, variant: Variant) -> Option<u32> {
         if block.heat() < self.translator.as_ref()?.hot {
             return None;
         }
@@ -260,6 +297,9 @@ impl Cpu {
         if keep_global {
             self.user.targets().forget_local();
             self.user.end_epoch(true);
+            if let Some(translator) = &mut self.translator {
+                translator.pages.forget(true);
+            }
         } else {
             self.forget_targets();
         }
@@ -268,6 +308,9 @@ impl Cpu {
     fn forget_targets(&mut self) {
         self.user.targets().forget_everything();
         self.user.end_epoch(false);
+        if let Some(translator) = &mut self.translator {
+            translator.pages.forget(false);
+        }
     }
 
     /// After so many changes of the mapping that its numbers begin anew: no link of an earlier round may be left.
@@ -283,7 +326,8 @@ impl Cpu {
         self.counters.tlb_flushes += 1;
         self.tlb().flush_page(linear);
         self.blocks.flush_linear();
-        if self.user.targets().forget_page(linear) {
+        if self.translator.as_ref().is_some_and(|translator| translator.pages.matter(linear)) {
+            self.user.targets().forget_page(linear);
             self.user.end_epoch(false);
         }
     }
@@ -352,7 +396,13 @@ impl Cpu {
         match (op.run)(self, op) {
             Ok(flow) => {
                 self.user.rip = self.next_ip;
-                if flow == Flow::End || self.stop_block || self.variant() != Some(site.variant) {
+                let changes = self.map.code_changes();
+                let code_changed = self.translator.as_ref().is_some_and(|t| t.code_changes != changes);
+                if flow == Flow::End
+                    || self.stop_block
+                    || code_changed
+                    || self.variant() != Some(site.variant)
+                {
                     return 0;
                 }
                 site.resume

@@ -4,7 +4,8 @@
 //! An entry holds for the mapping of its page at the time it was made, so the table follows the TLB's life: it is
 //! emptied when the address space changes, and loses a page's entries when the page's translation does.
 
-use x86::paging::{PAGE_MASK, PAGE_SIZE};
+use rustc_hash::FxHashSet;
+use x86::paging::{PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
 use crate::tlb::{PRIVILEGES, Privilege};
 
@@ -16,8 +17,6 @@ pub const INDEX_BITS: u32 = 14;
 const ENTRIES: usize = 1 << INDEX_BITS;
 /// How far a page number is shifted to be mixed with the low bits of an address.
 pub const MIX_SHIFT: u8 = 12;
-/// Pages of which entries may exist are remembered in so many bits.
-const FILTER_BITS: usize = 4096;
 
 /// One known target.
 #[repr(C)]
@@ -34,7 +33,6 @@ pub struct Target {
 pub struct Table {
     /// By [`index_of`].
     pub entries: [Target; ENTRIES],
-    filter: [u64; FILTER_BITS / 64],
     /// Anything was entered since the table was emptied.
     used: bool,
     /// Anything that does not survive a change of address space.
@@ -57,11 +55,6 @@ fn nothing(index: usize) -> Target {
     Target { rip: u64::from(index == 0), host: 0 }
 }
 
-fn filter_bit(rip: u64) -> (usize, u64) {
-    let bit = (rip >> 12) as usize % FILTER_BITS;
-    (bit / 64, 1 << (bit % 64))
-}
-
 impl Targets {
     /// What is known of a RIP.
     pub fn find(&self, privilege: Privilege, rip: u64) -> Option<u64> {
@@ -75,13 +68,6 @@ impl Targets {
         table.entries[index_of(rip)] = Target { rip, host };
         table.used = true;
         table.local |= !global;
-        self.note_page(privilege, rip);
-    }
-
-    /// Remembers that something depends on where the page of a RIP is, so that [`Targets::forget_page`] says so.
-    pub fn note_page(&mut self, privilege: Privilege, rip: u64) {
-        let (word, bit) = filter_bit(rip);
-        self.0[privilege as usize].filter[word] |= bit;
     }
 
     /// The address space changed.
@@ -93,11 +79,10 @@ impl Targets {
         }
     }
 
-    /// Forgets everything, also which pages something depends on: the mapping has to be given another number.
+    /// Forgets everything.
     pub fn forget_everything(&mut self) {
         for privilege in PRIVILEGES {
             self.empty(privilege);
-            self.0[privilege as usize].filter.fill(0);
         }
     }
 
@@ -114,25 +99,46 @@ impl Targets {
         }
     }
 
-    /// Forgets what lies in the page of a RIP, and what reaches into it. Returns whether anything may depend on the page.
-    pub fn forget_page(&mut self, rip: u64) -> bool {
-        let page = rip & !PAGE_MASK;
-        let reaching = page.wrapping_sub(MAX_INSTRUCTION - 1);
-        let mut found = false;
+    /// Forgets what lies in the page of a RIP, and what reaches into it.
+    pub fn forget_page(&mut self, rip: u64) {
+        let reaching = (rip & !PAGE_MASK).wrapping_sub(MAX_INSTRUCTION - 1);
         for table in &mut self.0 {
-            let may_have = |rip: u64| {
-                let (word, bit) = filter_bit(rip);
-                table.filter[word] & bit != 0
-            };
-            if may_have(page) || may_have(reaching) {
-                found = true;
-                for (index, entry) in table.entries.iter_mut().enumerate() {
-                    if entry.rip.wrapping_sub(reaching) < PAGE_SIZE + MAX_INSTRUCTION - 1 {
-                        *entry = nothing(index);
-                    }
+            for (index, entry) in table.entries.iter_mut().enumerate() {
+                if entry.rip.wrapping_sub(reaching) < PAGE_SIZE + MAX_INSTRUCTION - 1 {
+                    *entry = nothing(index);
                 }
             }
         }
-        found
+    }
+}
+
+/// Pages of code on whose place something depends: an entry of the table, or a link from another page.
+#[derive(Default)]
+pub struct Pages {
+    global: FxHashSet<u64>,
+    local: FxHashSet<u64>,
+}
+
+impl Pages {
+    /// Remembers the page of a RIP.
+    pub fn note(&mut self, rip: u64, global: bool) {
+        let pages = if global { &mut self.global } else { &mut self.local };
+        pages.insert(rip >> PAGE_SHIFT);
+    }
+
+    /// Whether anything depends on the page of a RIP, or on code that reaches into it from the page before.
+    pub fn matter(&self, rip: u64) -> bool {
+        let page = rip >> PAGE_SHIFT;
+        [page, page.wrapping_sub(1)]
+            .iter()
+            .any(|page| self.global.contains(page) || self.local.contains(page))
+    }
+
+    /// Nothing depends on any page any more, or only on global ones.
+    pub fn forget(&mut self, keep_global: bool) {
+        self.local.clear();
+        if !keep_global {
+            self.global.clear();
+        }
     }
 }
