@@ -324,7 +324,7 @@ impl Cpu {
             if code {
                 self.stop_block = true;
                 self.counters.code_writes += 1;
-                self.suspend_code(gpa);
+                self.code_was_written(&[gpa]);
                 self.shared.tell_code_changed(self.id, gpa);
             }
         }

@@ -201,7 +201,21 @@ impl Cpu {
         self.enter(variant.kind(), code)
     }
 
-    /// Looks for pages of code that a device wrote. (What a vCPU writes is known at once.)
+    /// Vcpus wrote to pages of code.
+    pub fn code_was_written(&mut self, pages: &[u64]) {
+        for gpa in pages {
+            self.suspend_code(*gpa);
+        }
+        let changes = self.map.code_changes();
+        if let Some(translator) = &mut self.translator
+            && translator.code_changes + pages.len() as u64 == changes
+        {
+            // Nothing else has changed: no need to look for it.
+            translator.code_changes = changes;
+        }
+    }
+
+    /// Looks for pages of code that a device wrote. (Of what vCPUs write they tell each other.)
     fn notice_code_changes(&mut self) {
         let changes = self.map.code_changes();
         let Some(translator) = &mut self.translator else { return };
