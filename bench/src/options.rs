@@ -17,12 +17,13 @@ usage: bench/run [boot|suite] [--quick] [--rounds N] [--cpus N[,N]] [--engines N
                 qemu    QEMU's emulator, -accel tcg,thread=multi -cpu max
                 host    the same programs on this machine itself, without a guest
   --limit       how many seconds of a workload are enough, where an engine is too slow for all its passes (5)
-  command       prints a command line that boots a guest on that engine, runs the workloads in it and ends
+  command       prints a command line that boots a guest on that engine, runs each workload in it for the limit (with
+                --cpus the guest's processors, 1 if not said), and ends
 
 examples:
   bench/run --quick
   bench/run --engines host,soft --cpus 1 --rounds 1 hash float
-  perf record $(bench/run command soft hash)";
+  eval \"perf record $(bench/run command soft hash)\"";
 
 /// What is to be measured, and how.
 #[derive(Debug)]

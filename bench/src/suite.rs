@@ -26,6 +26,8 @@ pub const MEMORY: &str = "2G";
 /// What a workload may take beyond the limit that it is given, before its guest must be hung: the slowest single pass on
 /// a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// How often the host runs what a guest runs once: it takes a moment, and a moment is easily disturbed.
+const HOST_RUNS: usize = 3;
 /// How far the guest's clock may be from the host's: this part of the time, and this many seconds.
 const CLOCK_TOLERANCE: (f64, f64) = (0.03, 0.5);
 
@@ -107,14 +109,22 @@ fn machine(engine: Engine, cpus: u32) -> Option<Machine> {
     Some(engine.machine("suite")?.root(Root::Debian).cpus(&cpus.to_string()).memory(MEMORY))
 }
 
-/// A command line that boots a guest, runs these workloads in it, and ends.
-pub fn command_line(engine: Engine, cpus: u32, workloads: &[&str]) -> String {
-    match machine(engine, cpus) {
+/// A command line that boots a guest, runs these workloads in it for a while, and ends.
+pub fn command_line(engine: Engine, options: &Options, workloads: &[&str]) -> String {
+    // More passes than there is time for.
+    let endless = u32::MAX.to_string();
+    let limit_s = options.limit_s.to_string();
+    match machine(engine, options.cpus[0]) {
         Some(machine) => {
             let machine = machine.end(End::Poweroff);
-            workloads.iter().fold(machine, |machine, name| machine.program(&["work", name])).command_line()
+            let run = |machine: Machine, name: &&str| machine.program(&["work", name, &endless, &limit_s]);
+            workloads.iter().fold(machine, run).command_line()
         }
-        None => format!("chroot {} work {}", Places::default().debian_root().display(), workloads.join(" ")),
+        None => {
+            let program = Places::default().debian_root().join("usr/bin/work").display().to_string();
+            let run = |name: &&str| format!("{program} {name} {endless} {limit_s}");
+            workloads.iter().map(run).collect::<Vec<_>>().join("; ")
+        }
     }
 }
 
@@ -200,25 +210,31 @@ fn configuration(options: &Options, cpus: u32, root: &Path, results: &mut Result
             for turn in 0..count {
                 let contender = &mut contenders[(turn + round + index) % count];
                 let engine = contender.side.engine;
-                match contender.run(root, workload, options.limit_s) {
-                    Ok(run) => {
-                        let place = format!("{engine}, {cpus} processors, {}", workload.name);
-                        let expected =
-                            checks.entry(workload.name.clone()).or_insert_with(|| run.check.clone());
-                        if *expected != run.check {
-                            problems.push(format!("{place}: the result is {}, not {expected}", run.check));
+                let place = format!("{engine}, {cpus} processors, {}", workload.name);
+                for _ in 0..if engine == Engine::Host { HOST_RUNS } else { 1 } {
+                    match contender.run(root, workload, options.limit_s) {
+                        Ok(run) => {
+                            let check = &run.check;
+                            let expected =
+                                checks.entry(workload.name.clone()).or_insert_with(|| check.clone());
+                            if expected != check {
+                                problems.push(format!("{place}: the result is {check}, not {expected}"));
+                            }
+                            let clock = clock_problem(&run).map(|problem| format!("{place}: {problem}"));
+                            problems.extend(clock);
+                            contender.side.runs.entry(workload.name.clone()).or_default().push(run);
                         }
-                        problems.extend(clock_problem(&run).map(|problem| format!("{place}: {problem}")));
-                        said += &format!("  {engine} {:.3} s", run.full_s(workload));
-                        contender.side.runs.entry(workload.name.clone()).or_default().push(run);
-                    }
-                    Err(problem) => {
-                        let problem = format!("{engine}, {cpus} processors, {}: {problem}", workload.name);
-                        said += &format!("  {engine} failed");
-                        eprintln!("{problem}");
-                        problems.push(problem);
+                        Err(problem) => {
+                            eprintln!("{place}: {problem}");
+                            problems.push(format!("{place}: {problem}"));
+                        }
                     }
                 }
+                // Of all rounds so far.
+                said += &match contender.side.seconds(workload) {
+                    Some(seconds) => format!("  {engine} {seconds:.3} s"),
+                    None => format!("  {engine} failed"),
+                };
             }
             eprintln!("{said}");
         }

@@ -237,6 +237,8 @@ static void everything(unsigned round)
     int status;
     NEED(waitpid(child, &status, 0) == child);
     EXPECT(WIFSTOPPED(status) && WSTOPSIG(status) == SIGSTOP, "the child has status %#x", status);
+    /* However this ends, the child ends too. */
+    NEED(ptrace(PTRACE_SETOPTIONS, child, NULL, PTRACE_O_EXITKILL) == 0);
     execution();
     watching();
     patched();
