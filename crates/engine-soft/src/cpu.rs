@@ -9,13 +9,15 @@ use x86::regs::attr;
 use x86::xsave::component;
 use x86::{ControlRegisters, DebugRegisters, DescriptorTable, Exception, Segment, Vector};
 
+use crate::area::Owner;
 use crate::interp::block::{Block, BlockCache};
 use crate::memory::MemoryMap;
 use crate::msr::Msrs;
 use crate::native::Thunks;
 use crate::shared::{Counters, Shared};
-use crate::tlb::{Privilege, Tlb};
-use crate::user::{UserRegs, status};
+use crate::tlb::{Privilege, Tables};
+use crate::translate::dispatch::Translator;
+use crate::user::status;
 
 /// Segment register numbers as encoded (SDM 2 table B-8).
 pub mod seg {
@@ -81,7 +83,7 @@ pub mod class {
 /// One virtual processor.
 pub struct Cpu {
     /// What user-mode instructions see.
-    pub user: UserRegs,
+    pub user: Owner,
     /// Instruction pointer after the current instruction; branches change it.
     pub next_ip: u64,
     /// Rights of data accesses.
@@ -100,8 +102,6 @@ pub struct Cpu {
     pub alignment_check: bool,
     /// Mask of the stack pointer: 16, 32 or 64 bits.
     pub stack_mask: u64,
-    /// The table that data accesses use.
-    pub tlb: *const Tlb,
     /// The exception that [`Raised`] speaks of.
     pub fault: Exception,
     /// The fault was a non-canonical address: #SS instead of #GP if the access went through SS.
@@ -150,6 +150,8 @@ pub struct Cpu {
     pub blocks: BlockCache,
     /// Native code for instructions that the host executes.
     pub thunks: Thunks,
+    /// Makes host code of blocks that run often; `None` if everything is interpreted.
+    pub translator: Option<Box<Translator>>,
     /// Why the vCPU cannot go on at all, if so.
     pub fatal: Option<String>,
     /// Guest memory, as of the last look.
@@ -171,9 +173,6 @@ pub struct Cpu {
     /// [`engine::Exit::AllHalted`] has been reported and nothing has changed since.
     pub reported_halt: bool,
 }
-
-// SAFETY: the raw TLB pointer leads into `shared`, which the Cpu keeps alive; everything else is Send.
-unsafe impl Send for Cpu {}
 
 impl Cpu {
     /// Raises an exception: `return Err(cpu.raise(…))`.
@@ -210,9 +209,8 @@ impl Cpu {
 
     /// The own TLB.
     #[inline(always)]
-    pub fn tlb(&self) -> &Tlb {
-        // SAFETY: points into `self.shared`, which outlives the borrow.
-        unsafe { &*self.tlb }
+    pub fn tlb(&self) -> &Tables {
+        self.user.area().tlb()
     }
 
     /// RFLAGS in architectural form.
@@ -405,9 +403,9 @@ impl Cpu {
         host_tsc().wrapping_add(self.tsc_offset)
     }
 
-    /// Asks the own run loop to look at [`crate::shared::VcpuShared::attention`] before the next block.
+    /// Asks the own run loop to look at [`crate::area::Front::attention`] before the next block.
     pub fn note_attention(&self) {
-        self.shared.vcpus[self.id as usize].attention.fetch_or(1, Ordering::SeqCst);
+        self.user.area().attention().fetch_or(1, Ordering::SeqCst);
     }
 
     /// Takes the current memory map and forgets translations and code that came from an older one.
@@ -415,6 +413,7 @@ impl Cpu {
         self.map = self.shared.map();
         self.tlb().flush(false);
         self.blocks.clear();
+        self.clear_translations();
     }
 
     /// Whether an address is canonical (SDM 1 §3.3.7.1).

@@ -4,10 +4,12 @@
 //!   instructions see, laid out for generated code.
 //! - [`mmu`], [`tlb`], [`memory`]: linear and physical addresses.
 //! - [`interp`]: decoding and the handlers of ordinary instructions; [`native`]: instructions that the host executes.
+//! - [`translate`]: host code for blocks that run often; [`area`]: the memory that it addresses.
 //! - [`system`]: segments, interrupts, far transfers, tasks, control registers; [`msr`].
 //! - [`chips`]: LAPICs, IOAPIC, 8259s, 8254.
 //! - [`vcpu`], [`vm`], [`shared`]: threads, run loop, and the engine border.
 
+pub mod area;
 pub mod chips;
 pub mod cpu;
 pub mod cpuid;
@@ -19,6 +21,7 @@ pub mod native;
 pub mod shared;
 pub mod system;
 pub mod tlb;
+pub mod translate;
 pub mod user;
 pub mod vcpu;
 pub mod vm;

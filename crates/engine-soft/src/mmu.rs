@@ -60,7 +60,7 @@ impl Cpu {
         let entry = self.tlb().entry(privilege, gva);
         let crosses = (gva & PAGE_MASK) > PAGE_SIZE - u64::from(T::BYTES);
         if entry.read.load(Ordering::Relaxed) == gva & !PAGE_MASK && !crosses {
-            let host = gva.wrapping_add(entry.addend.load(Ordering::Relaxed)) as *const T;
+            let host = (entry.host.load(Ordering::Relaxed) + (gva & PAGE_MASK)) as *const T;
             // SAFETY: the TLB maps the whole page to host memory that lives as long as the map.
             return Ok(unsafe { host.read_unaligned() });
         }
@@ -79,7 +79,7 @@ impl Cpu {
         let entry = self.tlb().entry(privilege, gva);
         let crosses = (gva & PAGE_MASK) > PAGE_SIZE - u64::from(T::BYTES);
         if entry.write.load(Ordering::Relaxed) == gva & !PAGE_MASK && !crosses {
-            let host = gva.wrapping_add(entry.addend.load(Ordering::Relaxed)) as *mut T;
+            let host = (entry.host.load(Ordering::Relaxed) + (gva & PAGE_MASK)) as *mut T;
             // SAFETY: as for loads; the page is writable.
             unsafe { host.write_unaligned(value) };
             return Ok(());
@@ -98,7 +98,7 @@ impl Cpu {
         }
         let entry = self.tlb().entry(self.privilege, gva);
         if entry.write.load(Ordering::Relaxed) == gva & !PAGE_MASK {
-            let host = gva.wrapping_add(entry.addend.load(Ordering::Relaxed)) as *mut u8;
+            let host = (entry.host.load(Ordering::Relaxed) + (gva & PAGE_MASK)) as *mut u8;
             return Ok(Some(Update { host, note: false }));
         }
         self.host_for_update_slow(gva, len)
@@ -147,7 +147,7 @@ impl Cpu {
         }
         let entry = self.tlb().entry(self.privilege, gva);
         if entry.read.load(Ordering::Relaxed) == gva & !PAGE_MASK {
-            return Ok(Some(gva.wrapping_add(entry.addend.load(Ordering::Relaxed)) as *mut u8));
+            return Ok(Some((entry.host.load(Ordering::Relaxed) + (gva & PAGE_MASK)) as *mut u8));
         }
         self.watch(gva, len, Access::Read);
         match self.translate(self.privilege, gva, Access::Read)? {
@@ -319,11 +319,14 @@ impl Cpu {
     pub fn note_store(&mut self, host: *mut u8) {
         let map = self.map.clone();
         if let Some((slot, gpa)) = map.find_host(host) {
-            if slot.holds_code(gpa) {
+            let code = slot.holds_code(gpa);
+            slot.tracker().note_write(slot.page(gpa));
+            if code {
                 self.stop_block = true;
                 self.counters.code_writes += 1;
+                self.suspend_code(gpa);
+                self.shared.tell_code_changed(self.id, gpa);
             }
-            slot.tracker().note_write(slot.page(gpa));
         }
     }
 
@@ -372,6 +375,7 @@ impl Cpu {
         let page = gva & !PAGE_MASK;
         let host = slot.host(walk.gpa);
         if access == Access::Execute {
+            self.tlb().fill_code(privilege, page, host as u64 & !PAGE_MASK, walk.global);
             return Ok(Place::Host(host));
         }
         let watched = self.watchpoints && self.watchpoint_in_page(page);

@@ -1,5 +1,6 @@
 //! What the vCPUs of one machine share, and what other threads may do to a vCPU.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::Thread;
@@ -7,10 +8,10 @@ use std::time::Instant;
 
 use engine::{IoHandler, VcpuId};
 
+use crate::area::Area;
 use crate::chips::{Attention, Chips, Time};
 use crate::cpu::host_tsc;
 use crate::memory::MemoryMap;
-use crate::tlb::Tlb;
 
 /// Locks a mutex whatever happened to its last holder: the data are plain values that are never half-written.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -25,19 +26,20 @@ pub mod attention {
     pub const KICK: u32 = 1 << 1;
     /// The memory map changed.
     pub const MAP: u32 = 1 << 2;
+    /// Another vCPU wrote to pages of code.
+    pub const CODE: u32 = 1 << 3;
 }
 
 /// The cross-thread side of one vCPU.
-#[derive(Default)]
 pub struct VcpuShared {
-    /// What the vCPU has to look at before its next block.
-    pub attention: AtomicU32,
+    /// Its registers and tables. Other threads set the attention word and take rights out of the TLB, nothing else.
+    pub area: Arc<Area>,
+    /// Pages of code that others wrote, by guest-physical address, until it has heard of them.
+    changed_code: Mutex<Vec<u64>>,
     /// The thread that runs it, while it may sleep.
     sleeper: Mutex<Option<Thread>>,
     /// It is about to sleep or sleeps.
     sleeping: AtomicBool,
-    /// Translations; its owner fills them, others only take rights away.
-    pub tlb: Tlb,
     /// Guest TSC minus host TSC.
     pub tsc_offset: AtomicU64,
     /// Counters, published by the owner now and then.
@@ -49,9 +51,36 @@ pub struct VcpuShared {
 }
 
 impl VcpuShared {
+    /// For a vCPU that does not exist yet.
+    ///
+    /// # Errors
+    /// The host has no address space to give.
+    pub fn new() -> io::Result<Self> {
+        Ok(VcpuShared {
+            area: Arc::new(Area::new()?),
+            changed_code: Mutex::default(),
+            sleeper: Mutex::default(),
+            sleeping: AtomicBool::new(false),
+            tsc_offset: AtomicU64::new(0),
+            counters: Mutex::default(),
+            dead_halt: AtomicBool::new(false),
+            waits_for_sipi: AtomicBool::new(false),
+        })
+    }
+
+    /// What the vCPU has to look at before its next block: bits of [`attention`].
+    pub fn attention(&self) -> &AtomicU32 {
+        self.area.attention()
+    }
+
+    /// Takes the list of pages of code that others wrote.
+    pub fn take_changed_code(&self) -> Vec<u64> {
+        std::mem::take(&mut *lock(&self.changed_code))
+    }
+
     /// Sets attention bits and wakes the vCPU if it sleeps.
     pub fn notify(&self, bits: u32) {
-        self.attention.fetch_or(bits, Ordering::SeqCst);
+        self.attention().fetch_or(bits, Ordering::SeqCst);
         if self.sleeping.load(Ordering::SeqCst)
             && let Some(thread) = lock(&self.sleeper).as_ref()
         {
@@ -63,7 +92,7 @@ impl VcpuShared {
     pub fn sleep(&self) {
         *lock(&self.sleeper) = Some(std::thread::current());
         self.sleeping.store(true, Ordering::SeqCst);
-        while self.attention.load(Ordering::SeqCst) == 0 {
+        while self.attention().load(Ordering::SeqCst) == 0 {
             std::thread::park();
         }
         self.sleeping.store(false, Ordering::SeqCst);
@@ -73,10 +102,18 @@ impl VcpuShared {
 /// What a vCPU counts. Names in statistics are bhyve's where it has them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counters {
-    /// Instructions executed.
+    /// Instructions that the interpreter executed block by block.
     pub instructions: u64,
+    /// Instructions of translated code that the interpreter executed.
+    pub handler_calls: u64,
+    /// Jumps whose target was not in the table.
+    pub target_misses: u64,
+    /// Branches that were linked.
+    pub links: u64,
     /// Blocks decoded.
     pub blocks_decoded: u64,
+    /// Blocks translated.
+    pub blocks_translated: u64,
     /// Stores to pages that hold decoded code.
     pub code_writes: u64,
     /// MMIO accesses.
@@ -129,8 +166,11 @@ impl Counters {
             ("vm exits for instruction emulation", self.mmio),
             ("vm exits due to exceptions", self.exceptions),
             ("number of NMIs delivered to vcpu", self.nmis),
-            ("instructions executed", self.instructions),
+            ("instructions interpreted", self.instructions + self.handler_calls),
+            ("jump targets looked up", self.target_misses),
+            ("branches linked", self.links),
             ("blocks decoded", self.blocks_decoded),
+            ("blocks translated", self.blocks_translated),
             ("stores to code pages", self.code_writes),
             ("tlb flushes", self.tlb_flushes),
         ]
@@ -248,6 +288,16 @@ impl Shared {
             vcpu.notify(attention::MAP);
         }
         result
+    }
+
+    /// Tells the vCPUs other than `writer` that a page of code was written.
+    pub fn tell_code_changed(&self, writer: VcpuId, gpa: u64) {
+        for (id, vcpu) in self.vcpus.iter().enumerate() {
+            if id as u32 != writer {
+                lock(&vcpu.changed_code).push(gpa);
+                vcpu.attention().fetch_or(attention::CODE, Ordering::SeqCst);
+            }
+        }
     }
 
     /// Whether every vCPU that was started waits in HLT with interrupts disabled, and no NMI, INIT or start-up IPI is on

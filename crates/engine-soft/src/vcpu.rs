@@ -10,6 +10,7 @@ use x86::cpuid::CpuidTable;
 use x86::regs::Gpr;
 use x86::{ControlRegisters, DebugRegisters, DescriptorTable, Exception, Registers, Segment, Vector, msr};
 
+use crate::area::Owner;
 use crate::cpu::{Cpu, Mode, host_tsc, seg};
 use crate::interp::block::BlockCache;
 use crate::msr::Msrs;
@@ -17,7 +18,7 @@ use crate::native::Thunks;
 use crate::shared::{Counters, Shared, attention, lock};
 use crate::system::interrupt::TripleFault;
 use crate::tlb::Privilege;
-use crate::user::UserRegs;
+use crate::translate::dispatch::{Translate, Translator, enter_thread};
 
 /// CPUID leaf with the physical address width.
 const ADDRESS_SIZES: u32 = 0x8000_0008;
@@ -46,18 +47,29 @@ impl Kick for SoftKick {
 }
 
 impl SoftVcpu {
-    /// A vCPU in its reset state.
+    /// A vCPU in its reset state. `code_bytes` is the room for translated code.
     ///
     /// # Errors
     /// The host has no memory for generated code.
-    pub fn new(shared: Arc<Shared>, id: VcpuId, cpuid: &CpuidTable) -> engine::Result<Self> {
+    pub fn new(
+        shared: Arc<Shared>,
+        id: VcpuId,
+        cpuid: &CpuidTable,
+        translate: Translate,
+        code_bytes: usize,
+    ) -> engine::Result<Self> {
         let thunks = Thunks::new().map_err(|error| EngineError::Unsupported(error.to_string()))?;
+        let translator = Translator::new(translate, code_bytes)
+            .map_err(|source| EngineError::Host { what: "mapping memory for translated code", source })?
+            .map(Box::new);
+        // SAFETY: a vCPU is made once (see `SoftVm::soft_vcpu`).
+        let user = unsafe { Owner::new(shared.vcpus[id as usize].area.clone()) };
         let bits = cpuid.lookup(ADDRESS_SIZES, 0).eax & 0xff;
         let bits = if bits == 0 { 36 } else { bits.min(52) };
         let has_1g_pages = cpuid.lookup(0x8000_0001, 0).edx >> 26 & 1 != 0;
         shared.chips.set_cpuid(id, cpuid);
         let mut cpu = Box::new(Cpu {
-            user: UserRegs::default(),
+            user,
             next_ip: 0,
             privilege: Privilege::Supervisor,
             cpl: 0,
@@ -67,7 +79,6 @@ impl SoftVcpu {
             unchecked_segments: 0,
             alignment_check: false,
             stack_mask: 0xffff,
-            tlb: &raw const shared.vcpus[id as usize].tlb,
             fault: Exception::plain(Vector::InvalidOpcode),
             fault_noncanonical: false,
             fault_segment: 0,
@@ -92,6 +103,7 @@ impl SoftVcpu {
             has_1g_pages,
             blocks: BlockCache::default(),
             thunks,
+            translator,
             fatal: None,
             map: shared.map(),
             shared,
@@ -158,9 +170,10 @@ impl Cpu {
     fn run(&mut self) -> engine::Result<Exit> {
         let shared = self.shared.clone();
         let own = &shared.vcpus[self.id as usize];
+        enter_thread(own.area.base());
         let mut until_publish = PUBLISH_EVERY;
         loop {
-            if own.attention.load(Ordering::Relaxed) != 0 {
+            if own.attention().load(Ordering::Relaxed) != 0 {
                 match self.attend() {
                     Ok(Next::Execute) => {}
                     Ok(Next::Leave(exit)) => return Ok(exit),
@@ -202,13 +215,18 @@ impl Cpu {
         let shared = self.shared.clone();
         let own = &shared.vcpus[self.id as usize];
         loop {
-            let bits = own.attention.swap(0, Ordering::SeqCst);
+            let bits = own.attention().swap(0, Ordering::SeqCst);
             if bits & attention::MAP != 0 {
                 self.refresh_map();
             }
+            if bits & attention::CODE != 0 {
+                for gpa in own.take_changed_code() {
+                    self.suspend_code(gpa);
+                }
+            }
             if bits & attention::KICK != 0 {
                 // What else was asked for is looked at when the vCPU runs again.
-                own.attention.fetch_or(attention::EVENT, Ordering::SeqCst);
+                own.attention().fetch_or(attention::EVENT, Ordering::SeqCst);
                 return Ok(Next::Leave(Exit::Kicked));
             }
             if shared.chips.has_signals(self.id) {
@@ -225,7 +243,7 @@ impl Cpu {
                     self.wake();
                     self.counters.nmis += 1;
                     self.deliver_interrupt(Vector::Nmi as u8)?;
-                    own.attention.fetch_or(attention::EVENT, Ordering::SeqCst);
+                    own.attention().fetch_or(attention::EVENT, Ordering::SeqCst);
                     return Ok(Next::Execute);
                 }
                 if self.system_flags & rflags::IF != 0
@@ -235,7 +253,7 @@ impl Cpu {
                     self.wake();
                     self.counters.interrupts += 1;
                     self.deliver_interrupt(vector)?;
-                    own.attention.fetch_or(attention::EVENT, Ordering::SeqCst);
+                    own.attention().fetch_or(attention::EVENT, Ordering::SeqCst);
                     return Ok(Next::Execute);
                 }
                 if !self.halted {
@@ -245,7 +263,7 @@ impl Cpu {
             self.publish_waiting();
             if !self.reported_halt && shared.all_halted() {
                 self.reported_halt = true;
-                own.attention.fetch_or(attention::EVENT, Ordering::SeqCst);
+                own.attention().fetch_or(attention::EVENT, Ordering::SeqCst);
                 return Ok(Next::Leave(Exit::AllHalted));
             }
             self.publish_counters();
@@ -422,7 +440,7 @@ impl Cpu {
         }
         self.deliver_loaded(&state.events);
         self.tlb().flush(false);
-        self.blocks.flush_linear();
+        self.forget_code_addresses(false);
         self.publish_waiting();
         self.note_attention();
         Ok(())

@@ -1,5 +1,6 @@
 //! The machine as a whole: memory map, interrupt lines, vCPUs.
 
+use std::io;
 use std::sync::{Arc, Mutex};
 
 use engine::{
@@ -13,6 +14,7 @@ use crate::chips::timers::AlarmThread;
 use crate::chips::{Chips, ChipsConfig};
 use crate::memory::RamSlot;
 use crate::shared::{Doorbells, MachineTime, Shared, VcpuShared, lock};
+use crate::translate::dispatch::{CODE_BYTES, Translate};
 use crate::vcpu::SoftVcpu;
 
 /// A machine of the software engine.
@@ -21,6 +23,8 @@ pub struct SoftVm {
     /// Rings while the machine exists.
     _alarm: AlarmThread,
     created: Mutex<Vec<bool>>,
+    /// What is translated.
+    translate: Translate,
 }
 
 impl SoftVm {
@@ -29,23 +33,12 @@ impl SoftVm {
     /// # Errors
     /// An unknown option; the host has no timer or thread to give.
     pub fn new(config: VmConfig) -> Result<Self> {
-        for (name, value) in &config.options {
-            match (name.as_str(), value.as_str()) {
-                ("translate", "off" | "no" | "false" | "0") => {}
-                ("translate", _) => {
-                    return Err(EngineError::Unsupported(format!(
-                        "soft.translate={value}: this build only interprets; give soft.translate=off or leave it out"
-                    )));
-                }
-                _ => {
-                    return Err(EngineError::Unsupported(format!(
-                        "soft.{name}: no such option of the soft engine; it has soft.translate"
-                    )));
-                }
-            }
-        }
-        let vcpus: Arc<Vec<VcpuShared>> =
-            Arc::new((0..config.vcpus).map(|_| VcpuShared::default()).collect());
+        let translate = Self::options(&config.options)?;
+        let vcpus: Vec<VcpuShared> = (0..config.vcpus)
+            .map(|_| VcpuShared::new())
+            .collect::<io::Result<_>>()
+            .map_err(|source| EngineError::Host { what: "mapping memory for a vCPU", source })?;
+        let vcpus = Arc::new(vcpus);
         let time = Arc::new(MachineTime::new(vcpus.clone()));
         let attention = Arc::new(Doorbells { vcpus: vcpus.clone() });
         let chips = Arc::new(Chips::new(ChipsConfig::new(config.vcpus), time, attention));
@@ -53,7 +46,31 @@ impl SoftVm {
             .map_err(|source| EngineError::Host { what: "starting the timer thread", source })?;
         let shared = Arc::new(Shared::new(config.io, chips, vcpus));
         let created = Mutex::new(vec![false; config.vcpus as usize]);
-        Ok(SoftVm { shared, _alarm: alarm, created })
+        Ok(SoftVm { shared, _alarm: alarm, created, translate })
+    }
+
+    /// Reads the engine's own options: what is translated.
+    fn options(options: &[(String, String)]) -> Result<Translate> {
+        let mut translate = Translate::Hot;
+        for (name, value) in options {
+            translate = match (name.as_str(), value.as_str()) {
+                ("translate", "on" | "yes" | "true" | "1") => Translate::Hot,
+                ("translate", "off" | "no" | "false" | "0") => Translate::Nothing,
+                ("translate", "always") => Translate::Everything,
+                ("translate", _) => {
+                    return Err(EngineError::Unsupported(format!(
+                        "soft.translate={value}: give on (the default), off (everything is interpreted) or always (no \
+                         block is interpreted first)"
+                    )));
+                }
+                _ => {
+                    return Err(EngineError::Unsupported(format!(
+                        "soft.{name}: no such option of the soft engine; it has soft.translate"
+                    )));
+                }
+            };
+        }
+        Ok(translate)
     }
 
     /// [`Vm::create_vcpu`] with the type kept.
@@ -69,7 +86,8 @@ impl SoftVm {
                 return Err(EngineError::InvalidState(format!("vCPU {id} is beyond the number announced")));
             }
         }
-        SoftVcpu::new(self.shared.clone(), id, cpuid)
+        let code_bytes = CODE_BYTES / created.len();
+        SoftVcpu::new(self.shared.clone(), id, cpuid, self.translate, code_bytes)
     }
 
     fn no_slot<T>(slot: u32) -> Result<T> {
@@ -142,7 +160,7 @@ impl Vm for SoftVm {
         // A store between the two steps is in what the caller reads next; one after them is recorded again.
         let dirty = slot.tracker().take_dirty();
         for vcpu in self.shared.vcpus.iter() {
-            vcpu.tlb.drop_all_writes();
+            vcpu.area.tlb().drop_all_writes();
         }
         Ok(dirty)
     }

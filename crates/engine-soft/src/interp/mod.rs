@@ -4,6 +4,7 @@
 pub mod alu;
 pub mod block;
 pub mod decode;
+pub mod fetch;
 pub mod integer;
 pub mod native_op;
 pub mod op;

@@ -2,19 +2,17 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-use super::faults::Registration;
-
-/// Thunks start at multiples of this.
+/// Pieces of code start at multiples of this.
 const ALIGNMENT: usize = 16;
 
 /// A bump allocator of executable memory.
-pub(super) struct Arena {
+pub struct Arena {
     writable: Mapping,
     executable: Mapping,
     used: usize,
-    _registration: Registration,
 }
 
 struct Mapping {
@@ -48,25 +46,49 @@ impl Drop for Mapping {
 }
 
 impl Arena {
-    pub(super) fn new(capacity_bytes: usize) -> io::Result<Self> {
+    /// Room for so many bytes, rounded up to pages.
+    ///
+    /// # Errors
+    /// The host refuses executable memory.
+    pub fn new(capacity_bytes: usize) -> io::Result<Self> {
         let page = 4096;
         let len = capacity_bytes.max(1).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
         let file = code_file()?;
         file.set_len(len as u64)?;
         let writable = Mapping::new(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
         let executable = Mapping::new(&file, len, libc::PROT_READ | libc::PROT_EXEC)?;
-        let start = executable.base as usize;
-        let registration = Registration::new(start..start + len);
-        Ok(Arena { writable, executable, used: 0, _registration: registration })
+        Ok(Arena { writable, executable, used: 0 })
+    }
+
+    /// Addresses at which code runs.
+    pub fn range(&self) -> Range<usize> {
+        let start = self.executable.base as usize;
+        start..start + self.executable.len
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Overwrites four bytes of placed code.
+    ///
+    /// # Panics
+    /// The address is not of placed code.
+    pub fn patch(&mut self, address: u64, bytes: [u8; 4]) {
+        let offset = (address as usize).wrapping_sub(self.executable.base as usize);
+        assert!(offset.saturating_add(bytes.len()) <= self.used, "patching outside of placed code");
+        // SAFETY: in bounds, as just checked; nothing in Rust refers to the mapping.
+        unsafe { self.writable.base.add(offset).cast::<[u8; 4]>().write_unaligned(bytes) };
     }
 
     /// Where the next piece of code will be.
-    pub(super) fn next_address(&self) -> u64 {
+    pub fn next_address(&self) -> u64 {
         self.executable.base as u64 + self.used as u64
     }
 
     /// Places code at [`Arena::next_address`]; `None` if there is no room.
-    pub(super) fn place(&mut self, code: &[u8]) -> Option<*const u8> {
+    pub fn place(&mut self, code: &[u8]) -> Option<*const u8> {
         let end = self.used.checked_add(code.len())?;
         if end > self.writable.len {
             return None;
@@ -79,14 +101,15 @@ impl Arena {
         Some(placed)
     }
 
-    pub(super) fn clear(&mut self) {
-        self.used = 0;
+    /// Frees everything from an offset on.
+    pub fn truncate(&mut self, used: usize) {
+        self.used = used.min(self.used);
     }
 }
 
 /// An anonymous file that may be mapped executable.
 fn code_file() -> io::Result<File> {
-    let name = c"apiary-thunks";
+    let name = c"apiary-code";
     // Kernels from 6.3 on want to be told; older ones refuse the flag.
     for flags in [libc::MFD_CLOEXEC | libc::MFD_EXEC, libc::MFD_CLOEXEC] {
         // SAFETY: the name is a C string; no other pointer is passed.

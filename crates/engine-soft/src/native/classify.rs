@@ -200,7 +200,7 @@ pub(super) fn classify(
 }
 
 /// The same instruction in a form that 64-bit code has.
-fn long_mode_code(code: Code) -> Option<Code> {
+pub fn long_mode_code(code: Code) -> Option<Code> {
     Some(match code {
         Code::Inc_r16 => Code::Inc_rm16,
         Code::Inc_r32 => Code::Inc_rm32,
@@ -228,7 +228,7 @@ fn long_mode_code(code: Code) -> Option<Code> {
 }
 
 /// Whether thunks execute instructions of this kind.
-fn is_native(instruction: &Instruction) -> bool {
+pub fn is_native(instruction: &Instruction) -> bool {
     let op_code = instruction.op_code();
     if !matches!(op_code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         || instruction.is_privileged()
@@ -420,7 +420,7 @@ fn is_native_integer(mnemonic: Mnemonic) -> bool {
 }
 
 /// The register that holds the bit offset, for BT and relatives with a memory operand.
-pub(super) fn bit_offset_register(instruction: &Instruction) -> Option<Register> {
+pub fn bit_offset_register(instruction: &Instruction) -> Option<Register> {
     let bit_test =
         matches!(instruction.mnemonic(), Mnemonic::Bt | Mnemonic::Btc | Mnemonic::Btr | Mnemonic::Bts);
     (bit_test && instruction.op0_kind() == OpKind::Memory && instruction.op1_kind() == OpKind::Register)
@@ -445,6 +445,27 @@ fn memory_use(instruction: &Instruction, access: OpAccess) -> (MemoryUse, u16) {
         OpAccess::ReadWrite | OpAccess::ReadCondWrite => (MemoryUse::ReadWrite, bytes),
         OpAccess::None | OpAccess::NoMemAccess => (MemoryUse::Address, 0),
     }
+}
+
+/// What an instruction does with its memory operand, and the operand's size in bytes.
+pub fn memory_use_of(instruction: &Instruction) -> (MemoryUse, u16) {
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(instruction);
+    match (0..instruction.op_count()).find(|i| instruction.op_kind(*i) == OpKind::Memory) {
+        Some(operand) => memory_use(instruction, info.op_access(operand)),
+        None => (MemoryUse::None, 0),
+    }
+}
+
+/// What the address of the memory operand has to be a multiple of, else #GP; 1 if it does not matter.
+pub fn alignment_of(instruction: &Instruction) -> u8 {
+    let (memory, bytes) = memory_use_of(instruction);
+    alignment_bytes(instruction, memory, bytes)
+}
+
+/// Whether the x87 or MMX state is used.
+pub fn touches_x87(instruction: &Instruction) -> bool {
+    is_x87_opcode(instruction) || uses_mmx(instruction)
 }
 
 /// Alignment that the instruction demands (SDM 2 §2.4, exception types 1, 2 and 4).

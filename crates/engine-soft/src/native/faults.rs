@@ -1,6 +1,6 @@
-//! Host faults in thunks. The processor's exception arrives as a signal; the handler recognises the guest instruction
-//! by the marker in front of it and continues at the thunk's fault exit. Signals from elsewhere go to whoever
-//! handled them before.
+//! Host faults in generated code. The processor's exception arrives as a signal. In a thunk the handler recognises the guest
+//! instruction by the marker in front of it and continues at the thunk's fault exit; in translated code it looks the
+//! instruction up in a table and continues at its stub. Signals from elsewhere go to whoever handled them before.
 
 use std::io;
 use std::ops::Range;
@@ -28,7 +28,67 @@ struct Region {
     start: AtomicUsize,
     /// Zero while the node is unused.
     end: AtomicUsize,
+    /// Where its instructions go on after a fault; null for thunks.
+    table: AtomicPtr<Faults>,
     next: *const Region,
+}
+
+/// Instructions that may fault, ascending, and where to go on then. Only the thread that runs the code changes it, and
+/// never while the code runs; so a signal handler in the code can read it.
+struct Faults {
+    entries: Box<[(AtomicUsize, AtomicUsize)]>,
+    len: AtomicUsize,
+}
+
+/// The faults that are expected in a region of translated code.
+pub struct FaultTable {
+    faults: Box<Faults>,
+    _registration: Registration,
+}
+
+/// Bytes of code for which there is one entry.
+const BYTES_PER_FAULT: usize = 128;
+
+impl FaultTable {
+    /// An empty table for a range of addresses.
+    ///
+    /// # Errors
+    /// The host refuses signal handlers.
+    pub fn new(range: Range<usize>) -> io::Result<Self> {
+        install()?;
+        let entries = (0..range.len() / BYTES_PER_FAULT).map(|_| Default::default()).collect();
+        let faults = Box::new(Faults { entries, len: AtomicUsize::new(0) });
+        let registration = Registration::new(range, &raw const *faults);
+        Ok(FaultTable { faults, _registration: registration })
+    }
+
+    /// Entries that can still be added.
+    pub fn room(&self) -> usize {
+        self.faults.entries.len() - self.faults.len.load(Ordering::Relaxed)
+    }
+
+    /// Adds an instruction at a higher address than all before. Without room it is not added.
+    pub fn push(&mut self, instruction: u64, resume: u64) {
+        let len = self.faults.len.load(Ordering::Relaxed);
+        if let Some((from, to)) = self.faults.entries.get(len) {
+            from.store(instruction as usize, Ordering::Relaxed);
+            to.store(resume as usize, Ordering::Relaxed);
+            self.faults.len.store(len + 1, Ordering::Release);
+        }
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        self.faults.len.store(0, Ordering::Release);
+    }
+}
+
+impl Faults {
+    fn find(&self, rip: usize) -> Option<usize> {
+        let entries = self.entries.get(..self.len.load(Ordering::Acquire))?;
+        let found = entries.binary_search_by_key(&rip, |(from, _)| from.load(Ordering::Relaxed)).ok()?;
+        Some(entries[found].1.load(Ordering::Relaxed))
+    }
 }
 
 /// Makes faults in a range of addresses known as those of thunks, while it lives.
@@ -40,7 +100,13 @@ unsafe impl Send for Registration {}
 unsafe impl Sync for Registration {}
 
 impl Registration {
-    pub(super) fn new(range: Range<usize>) -> Self {
+    /// For thunks.
+    pub(super) fn of_thunks(range: Range<usize>) -> Self {
+        Self::new(range, ptr::null())
+    }
+
+    /// `table` is null for thunks; otherwise it outlives the registration.
+    fn new(range: Range<usize>, table: *const Faults) -> Self {
         let _guard = WRITERS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let region = match regions().find(|region| region.end.load(Ordering::Relaxed) == 0) {
             Some(unused) => unused,
@@ -49,12 +115,14 @@ impl Registration {
                 let node = Box::leak(Box::new(Region {
                     start: AtomicUsize::new(0),
                     end: AtomicUsize::new(0),
+                    table: AtomicPtr::new(ptr::null_mut()),
                     next,
                 }));
                 REGIONS.store(node, Ordering::Release);
                 node
             }
         };
+        region.table.store(table.cast_mut(), Ordering::Release);
         region.start.store(range.start, Ordering::Release);
         region.end.store(range.end, Ordering::Release);
         Registration(region)
@@ -112,32 +180,50 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
     // SAFETY: with SA_SIGINFO the kernel passes a `ucontext_t` that the handler may change.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let rip = registers[libc::REG_RIP as usize] as usize;
-    if let Some(exit) = fault_exit(rip) {
-        let vector = registers[libc::REG_TRAPNO as usize];
-        registers[libc::REG_RIP as usize] = exit as i64;
-        registers[libc::REG_RAX as usize] = vector + 1;
-        registers[libc::REG_RDX as usize] = registers[libc::REG_CR2 as usize];
-        return;
+    match place_of(rip) {
+        Some(Place::Thunk(exit)) => {
+            let vector = registers[libc::REG_TRAPNO as usize];
+            registers[libc::REG_RIP as usize] = exit as i64;
+            registers[libc::REG_RAX as usize] = vector + 1;
+            registers[libc::REG_RDX as usize] = registers[libc::REG_CR2 as usize];
+            return;
+        }
+        Some(Place::Translated(stub)) => {
+            registers[libc::REG_RIP as usize] = stub as i64;
+            return;
+        }
+        None => {}
     }
     // SAFETY: the arguments are the kernel's, unchanged.
     unsafe { pass_on(signal, info, context) };
 }
 
-/// Where to continue if `rip` is the guest instruction of a thunk.
-fn fault_exit(rip: usize) -> Option<usize> {
-    let inside = |region: &Region| {
+/// Where to go on after a fault.
+enum Place {
+    /// The fault exit of a thunk, which expects the vector and the address.
+    Thunk(usize),
+    /// The stub of an instruction in translated code, which expects the registers as they were.
+    Translated(usize),
+}
+
+/// Where to go on if `rip` is a guest instruction in generated code.
+fn place_of(rip: usize) -> Option<Place> {
+    let inside = |region: &&Region| {
         let end = region.end.load(Ordering::Acquire);
         let start = region.start.load(Ordering::Acquire);
         rip >= start.saturating_add(MARKER_BYTES) && rip < end
     };
-    if !regions().any(inside) {
-        return None;
+    let region = regions().find(inside)?;
+    let table = region.table.load(Ordering::Acquire);
+    if !table.is_null() {
+        // SAFETY: the table outlives the registration, and this thread is in its code.
+        return unsafe { &*table }.find(rip).map(Place::Translated);
     }
     // SAFETY: the bytes before `rip` are in the same readable mapping of code.
     let marker = unsafe { ptr::read_unaligned((rip - MARKER_BYTES) as *const [u8; MARKER_BYTES]) };
     let distance = marker.strip_prefix(&MARKER)?;
     let distance = i32::from_le_bytes(distance.try_into().ok()?);
-    rip.checked_add_signed(distance as isize)
+    rip.checked_add_signed(distance as isize).map(Place::Thunk)
 }
 
 /// Does what would have been done with the signal before [`install`].

@@ -17,11 +17,11 @@
 //! anything privileged, FXSAVE/XSAVE and relatives, time stamp and CPUID, gathers and masked moves (element by
 //! element, see [`elements`]), EVEX encodings.
 
-mod arena;
-mod classify;
+pub(crate) mod arena;
+pub(crate) mod classify;
 pub mod elements;
 mod emit;
-mod faults;
+pub(crate) mod faults;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +31,7 @@ use iced_x86::{Code, Encoder, IcedError, Instruction, InstructionInfoFactory, Re
 
 use crate::user::UserRegs;
 use arena::Arena;
+use faults::Registration;
 
 /// Bytes of code that [`Thunks::new`] has room for: some eight thousand instructions.
 pub const DEFAULT_CAPACITY_BYTES: usize = 1 << 20;
@@ -228,6 +229,7 @@ impl Key {
 /// lock.
 pub struct Thunks {
     arena: Arena,
+    _faults: Registration,
     cache: HashMap<Key, Thunk>,
     factory: InstructionInfoFactory,
     encoder: Encoder,
@@ -240,8 +242,10 @@ impl Thunks {
     /// The host refuses executable memory or signal handlers.
     pub fn with_capacity(capacity_bytes: usize) -> Result<Self, CompileError> {
         faults::install()?;
+        let arena = Arena::new(capacity_bytes)?;
         Ok(Thunks {
-            arena: Arena::new(capacity_bytes)?,
+            _faults: Registration::of_thunks(arena.range()),
+            arena,
             cache: HashMap::new(),
             factory: InstructionInfoFactory::new(),
             encoder: Encoder::new(64),
@@ -285,7 +289,7 @@ impl Thunks {
     /// No [`Thunk`] made before is running, or is run afterwards.
     pub unsafe fn clear(&mut self) {
         self.cache.clear();
-        self.arena.clear();
+        self.arena.truncate(0);
     }
 }
 

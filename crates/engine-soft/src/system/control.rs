@@ -61,7 +61,7 @@ impl Cpu {
     pub fn flush_translations(&mut self, keep_global: bool) {
         self.counters.tlb_flushes += 1;
         self.tlb().flush(keep_global);
-        self.blocks.flush_linear();
+        self.forget_code_addresses(keep_global);
         self.stop_block = true;
     }
 

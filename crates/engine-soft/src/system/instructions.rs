@@ -479,9 +479,7 @@ pub fn invlpg(cpu: &mut Cpu, op: &Op) -> F {
     cpu.require_cpl0()?;
     let offset = op.offset(&cpu.user);
     let address = cpu.user.segment_base[usize::from(op.segment)].wrapping_add(offset);
-    cpu.counters.tlb_flushes += 1;
-    cpu.tlb().flush_page(cpu.wrap_linear(address));
-    cpu.blocks.flush_linear();
+    cpu.flush_page(cpu.wrap_linear(address));
     Ok(Flow::End)
 }
 
@@ -501,9 +499,7 @@ pub fn invpcid(cpu: &mut Cpu, op: &Op) -> F {
         return cpu.gp0();
     }
     if kind == 0 {
-        cpu.counters.tlb_flushes += 1;
-        cpu.tlb().flush_page(linear);
-        cpu.blocks.flush_linear();
+        cpu.flush_page(linear);
     } else {
         cpu.flush_translations(kind != 2);
     }

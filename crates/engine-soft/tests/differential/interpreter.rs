@@ -1,4 +1,5 @@
-//! The subject that is the whole interpreter: a machine in long mode, its code and data pages mapped for user mode.
+//! The subjects that are a whole processor, by its interpreter or its translator: a machine in long mode, its code and data
+//! pages mapped for user mode.
 
 use std::sync::Arc;
 
@@ -39,6 +40,8 @@ pub struct InterpreterSubject {
     region: Arc<GuestRegion>,
     start: VcpuState,
     bitness: u32,
+    /// Executions by translation so far; `None` for the interpreter.
+    translated: Option<usize>,
     _vm: SoftVm,
 }
 
@@ -87,6 +90,11 @@ fn segments(bitness: u32) -> (Segment, Segment) {
 }
 
 impl InterpreterSubject {
+    /// The translator.
+    pub fn translating(bitness: u32) -> InterpreterSubject {
+        InterpreterSubject { translated: Some(0), ..InterpreterSubject::new(bitness) }
+    }
+
     pub fn new(bitness: u32) -> InterpreterSubject {
         let region = engine::memory::create_region("differential", 0, RAM_BYTES).expect("guest memory");
         let mut tables = Tables { region: &region, next: TABLES };
@@ -125,7 +133,7 @@ impl InterpreterSubject {
         // Too short to have an I/O permission bitmap.
         start.segments.tr.limit = 0x66;
         vcpu.set_state(&start).expect("a state in user mode");
-        InterpreterSubject { vcpu, region, start, bitness, _vm: vm }
+        InterpreterSubject { vcpu, region, start, bitness, translated: None, _vm: vm }
     }
 
     fn data(&self) -> *mut u8 {
@@ -136,7 +144,7 @@ impl InterpreterSubject {
 
 impl Subject for InterpreterSubject {
     fn name(&self) -> &'static str {
-        "interpreter"
+        if self.translated.is_some() { "translator" } else { "interpreter" }
     }
 
     fn undefined_like_host(&self) -> bool {
@@ -175,7 +183,14 @@ impl Subject for InterpreterSubject {
         cpu.user.mxcsr = before.mxcsr();
         cpu.user.vector = before.vector;
         cpu.user.x87.0 = before.x87;
-        let mut result = cpu.step();
+        let mut result = match &mut self.translated {
+            None => cpu.step(),
+            Some(executions) => {
+                *executions += 1;
+                // An unmasked SIMD exception is the interpreter's.
+                cpu.step_translated(*executions).unwrap_or_else(|| cpu.step())
+            }
+        };
         let mut steps = 1;
         while case.instruction.is_string_instruction() && result.is_ok() && cpu.user.rip == before.rip {
             result = cpu.step();

@@ -2,7 +2,8 @@
 //! memory and faults have to be the same.
 //!
 //! `DIFFERENTIAL_STATES` sets the number of states for each form (default 100), `DIFFERENTIAL_SEED` the seed,
-//! `DIFFERENTIAL_FORM` keeps the forms whose name contains it, `DIFFERENTIAL_VERBOSE=1` lists the skipped forms.
+//! `DIFFERENTIAL_FORM` keeps the forms whose name contains it, `DIFFERENTIAL_VERBOSE=1` lists the skipped forms,
+//! `DIFFERENTIAL_TRACE=1` names each form before it runs.
 
 mod forms;
 mod host;
@@ -72,6 +73,9 @@ fn compare_mode(bitness: u32, subject: &mut dyn Subject) -> Report {
         let mut encoding = None;
         let mut supported = true;
         let mut differs = false;
+        if setting("DIFFERENTIAL_TRACE", 0) != 0 {
+            eprintln!("{name}");
+        }
         for round in 0..states {
             // Each state can be repeated alone, whatever ran before.
             let mut random = Random::new(
@@ -401,6 +405,11 @@ fn thunks_16_bit() {
 #[test]
 fn interpreter_64_bit() {
     check(64, &mut interpreter::InterpreterSubject::new(64));
+}
+
+#[test]
+fn translator_64_bit() {
+    check(64, &mut interpreter::InterpreterSubject::translating(64));
 }
 
 #[test]

@@ -46,11 +46,12 @@ fn the_alarm_thread_rings() {
         lapic(vcpu, register::LVT_TIMER, 0x4_0040 + vcpu);
     }
     // A far deadline first, then a near one on the other vCPU, which has to move the alarm forward.
-    chips.write_msr(0, msr::TSC_DEADLINE, time.now_ns() + 50_000_000).unwrap();
+    chips.write_msr(0, msr::TSC_DEADLINE, time.now_ns() + 3_600_000_000_000).unwrap();
     chips.write_msr(1, msr::TSC_DEADLINE, time.now_ns() + 1_000_000).unwrap();
     assert_eq!(told.recv(), Ok(1));
     assert_eq!(chips.acknowledge(1), Some(0x41));
     lapic(1, register::EOI, 0);
+    chips.write_msr(0, msr::TSC_DEADLINE, time.now_ns() + 1_000_000).unwrap();
     assert_eq!(told.recv(), Ok(0));
     assert_eq!(chips.acknowledge(0), Some(0x40));
     lapic(0, register::EOI, 0);

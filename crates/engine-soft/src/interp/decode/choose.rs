@@ -67,8 +67,9 @@ impl Builder<'_> {
             Reservednop if is_prefetch_of_register(insn.code()) && options() == DecoderOptions::AMD => {
                 sys::undefined
             }
-            Nop | Endbr32 | Endbr64 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Prefetchw
-            | Prefetch | Prefetchwt1 | Reservednop => int::nop,
+            // Hints that this processor does not know: RDSSP leaves its register alone without shadow stacks.
+            Nop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Prefetcht0 | Prefetcht1 | Prefetcht2
+            | Prefetchnta | Prefetchw | Prefetch | Prefetchwt1 | Reservednop => int::nop,
             Pause => sys::pause,
             Clc | Stc | Cmc | Cld | Std => {
                 op.aux = match insn.mnemonic() {

@@ -71,7 +71,7 @@ pub fn decode(
 }
 
 /// Decoding as the host's vendor does it: they differ in a few encodings.
-fn options() -> u32 {
+pub fn options() -> u32 {
     static OPTIONS: std::sync::OnceLock<u32> = std::sync::OnceLock::new();
     *OPTIONS.get_or_init(|| {
         // SAFETY: CPUID exists on every x86-64 processor. (The call is safe on recent compilers.)

@@ -1,0 +1,195 @@
+//! The memory that one vCPU's generated code addresses relative to GS: registers, what the run loop tells the code, the TLB
+//! and the table of known jump targets, in one mapping with a fixed layout.
+//!
+//! Only the vCPU's own thread uses it, but for two things that other threads may do: set [`Front::attention`], and take
+//! store permissions out of the TLB.
+
+use std::io;
+use std::mem::offset_of;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use crate::tlb::Tables;
+use crate::translate::targets::Targets;
+use crate::user::UserRegs;
+
+/// What generated code and the run loop exchange. Plain words, because generated code reads and writes them.
+#[repr(C)]
+pub struct RunState {
+    /// RIP of the first byte of the page that the running code lies in.
+    pub page: u64,
+    /// A value that one instruction keeps over a second memory access.
+    pub temporary: u64,
+    /// Where an indirect branch goes once its other effects are done.
+    pub destination: u64,
+    /// Where translated code goes on after Rust code ran.
+    pub resume: u64,
+    /// The [`crate::cpu::Cpu`], for calls from generated code.
+    pub cpu: u64,
+    /// MXCSR of Rust code.
+    pub host_mxcsr: u32,
+    /// The branch that translated code was left through, if it can be linked; else [`NO_LINK`].
+    pub link: u32,
+}
+
+/// No branch.
+pub const NO_LINK: u32 = u32::MAX;
+
+/// The part of the mapping that is not tables.
+#[repr(C, align(4096))]
+pub struct Front {
+    /// Registers.
+    pub user: UserRegs,
+    /// The run loop's words.
+    pub run: RunState,
+    /// What the vCPU has to look at; see [`crate::shared::attention`].
+    pub attention: AtomicU32,
+}
+
+/// The whole mapping.
+#[repr(C)]
+pub struct Layout {
+    /// Registers and words.
+    pub front: Front,
+    /// TLB.
+    pub tlb: Tables,
+    /// Known targets of jumps.
+    pub targets: Targets,
+}
+
+/// Offset of a register from GS.
+pub const fn gpr_offset(number: usize) -> i32 {
+    (offset_of!(Layout, front) + offset_of!(Front, user) + offset_of!(UserRegs, gpr) + 8 * number) as i32
+}
+
+/// Offset of a field of [`UserRegs`] from GS.
+macro_rules! user_offset {
+    ($field:ident) => {
+        (std::mem::offset_of!($crate::area::Layout, front)
+            + std::mem::offset_of!($crate::area::Front, user)
+            + std::mem::offset_of!($crate::user::UserRegs, $field)) as i32
+    };
+}
+pub(crate) use user_offset;
+
+/// Offset of a field of [`RunState`] from GS.
+macro_rules! run_offset {
+    ($field:ident) => {
+        (std::mem::offset_of!($crate::area::Layout, front)
+            + std::mem::offset_of!($crate::area::Front, run)
+            + std::mem::offset_of!($crate::area::RunState, $field)) as i32
+    };
+}
+pub(crate) use run_offset;
+
+/// Offset of the attention word from GS.
+pub const ATTENTION_OFFSET: i32 = (offset_of!(Layout, front) + offset_of!(Front, attention)) as i32;
+
+/// One vCPU's mapping.
+pub struct Area {
+    base: NonNull<Layout>,
+}
+
+// SAFETY: a mapping is not tied to a thread; what may be touched by which thread is said at each method.
+unsafe impl Send for Area {}
+// SAFETY: as above.
+unsafe impl Sync for Area {}
+
+impl Area {
+    /// A fresh one: registers as after power-on, nothing in the tables. Untouched pages of the tables take no memory.
+    ///
+    /// # Errors
+    /// The host has no address space to give.
+    pub fn new() -> io::Result<Self> {
+        let len = size_of::<Layout>();
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no existing memory.
+        let base = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast::<Layout>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let area = Area { base };
+        // SAFETY: the mapping is large enough, aligned to a page, and nobody else knows it. Zeroes are valid for all but the
+        // registers and the first entries of the tables.
+        unsafe { std::ptr::write(&raw mut (*base.as_ptr()).front.user, UserRegs::default()) };
+        area.tlb().init();
+        Ok(area)
+    }
+
+    /// The base address, which GS has while generated code runs.
+    pub fn base(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    /// The attention word.
+    pub fn attention(&self) -> &AtomicU32 {
+        // SAFETY: an atomic inside the mapping, which lives as long as `self`.
+        unsafe { &(*self.base.as_ptr()).front.attention }
+    }
+
+    /// The TLB.
+    pub fn tlb(&self) -> &Tables {
+        // SAFETY: all of its fields are atomics inside the mapping.
+        unsafe { &(*self.base.as_ptr()).tlb }
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` and belongs to this value.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), size_of::<Layout>()) };
+    }
+}
+
+/// The owning vCPU's access to its registers.
+pub struct Owner(Arc<Area>);
+
+impl Owner {
+    /// Takes possession.
+    ///
+    /// # Safety
+    /// Only one owner exists at a time for an area.
+    pub unsafe fn new(area: Arc<Area>) -> Self {
+        Owner(area)
+    }
+
+    /// The mapping.
+    pub fn area(&self) -> &Area {
+        &self.0
+    }
+
+    /// The run loop's words.
+    pub fn run(&mut self) -> &mut RunState {
+        // SAFETY: only the owner touches them, and it is borrowed.
+        unsafe { &mut (*self.0.base.as_ptr()).front.run }
+    }
+
+    /// The table of jump targets.
+    pub fn targets(&mut self) -> &mut Targets {
+        // SAFETY: only the owner touches it, and it is borrowed.
+        unsafe { &mut (*self.0.base.as_ptr()).targets }
+    }
+}
+
+impl Deref for Owner {
+    type Target = UserRegs;
+
+    #[inline(always)]
+    fn deref(&self) -> &UserRegs {
+        // SAFETY: only the owner touches the registers, and it is borrowed.
+        unsafe { &(*self.0.base.as_ptr()).front.user }
+    }
+}
+
+impl DerefMut for Owner {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut UserRegs {
+        // SAFETY: as above, borrowed exclusively.
+        unsafe { &mut (*self.0.base.as_ptr()).front.user }
+    }
+}

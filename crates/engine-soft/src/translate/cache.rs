@@ -1,0 +1,295 @@
+//! Translated blocks of one vCPU: the memory they are in, how they are found, and how they refer to each other.
+
+use std::io;
+use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
+
+use crate::interp::block::Block;
+use crate::interp::op::Op;
+use crate::native::arena::Arena;
+use crate::native::faults::FaultTable;
+use crate::tlb::{PRIVILEGES, Privilege};
+use crate::translate::asm::Asm;
+use crate::translate::flags::Place;
+use crate::translate::runtime::{self, Kind, Routines, SlowPath};
+
+/// What besides the guest-physical address decides about a block's translation, packed: privilege, code size, disabled
+/// instruction classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Variant(u16);
+
+impl Variant {
+    /// Packs the parts; `code_bits` is 32 or 64.
+    pub fn new(privilege: Privilege, code_bits: u8, disabled: u8) -> Self {
+        Variant(privilege as u16 | u16::from(code_bits == 32) << 2 | u16::from(disabled) << 3)
+    }
+
+    /// With which rights data are accessed.
+    pub fn privilege(self) -> Privilege {
+        PRIVILEGES[usize::from(self.0 & 3)]
+    }
+
+    /// Which of the shared routines it uses.
+    pub fn kind(self) -> Kind {
+        if self.privilege() == Privilege::User { Kind::User } else { Kind::System }
+    }
+
+    /// 32 or 64.
+    pub fn code_bits(self) -> u32 {
+        if self.0 & 4 != 0 { 32 } else { 64 }
+    }
+
+    /// Bits of [`crate::cpu::class`] that are disabled.
+    pub fn disabled(self) -> u8 {
+        (self.0 >> 3) as u8
+    }
+}
+
+/// Code that is entered from elsewhere.
+pub struct Unit {
+    /// What it was made from; its operations are what sites refer to.
+    pub block: Arc<Block>,
+    /// Its variant.
+    pub variant: Variant,
+    /// Entry with the flags in the host's register.
+    pub entry_host: u64,
+    /// Entry with the flags in memory.
+    pub entry_memory: u64,
+    /// Entry with the flags in both.
+    pub entry_both: u64,
+    /// Branches of other units, and its own, that lead here.
+    incoming: Vec<u32>,
+}
+
+/// What a site is for.
+#[derive(Clone, Copy, Debug)]
+pub enum Purpose {
+    /// A memory access that was not found in the TLB.
+    Access {
+        /// Where the address comes from.
+        address: AddressSource,
+        /// Bytes accessed.
+        len: u8,
+        /// It is a store, or a load of what is stored to.
+        write: bool,
+        /// Where the lookup begins.
+        retry: u64,
+    },
+    /// The interpreter executes the instruction.
+    Interpret,
+}
+
+/// How a site's linear address is computed again.
+#[derive(Clone, Copy, Debug)]
+pub enum AddressSource {
+    /// The instruction's memory operand.
+    Operand,
+    /// RSP plus this.
+    Stack(i8),
+}
+
+/// A place in translated code from which Rust code is called.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    /// The instruction.
+    pub op: *const Op,
+    /// Its offset in the page.
+    pub offset: u16,
+    /// The variant it was translated for.
+    pub variant: Variant,
+    /// Why Rust code is called.
+    pub purpose: Purpose,
+    /// Where the code after the instruction begins; 0 if the block has to be left there.
+    pub resume: u64,
+}
+
+/// A direct branch that can lead straight to another unit.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Address of its rel32.
+    pub field: u64,
+    /// Where it leads while it is not linked.
+    pub unlinked: u64,
+    /// Where the flags are when it is taken.
+    pub flags: Place,
+    /// The unit it is linked to.
+    target: Option<u32>,
+}
+
+impl Link {
+    /// A branch that is not linked.
+    pub fn new(field: u64, unlinked: u64, flags: Place) -> Self {
+        Link { field, unlinked, flags, target: None }
+    }
+}
+
+/// All of one vCPU's translations.
+pub struct Cache {
+    arena: Arena,
+    faults: FaultTable,
+    routines: [Routines; 2],
+    units: Vec<Unit>,
+    by_address: FxHashMap<(u64, Variant), u32>,
+    by_page: FxHashMap<u64, Vec<u32>>,
+    /// See [`Site`].
+    pub sites: Vec<Site>,
+    links: Vec<Link>,
+    /// Where [`Cache::clear`] goes back to.
+    first_free: usize,
+}
+
+// SAFETY: the pointers in sites lead into blocks that the units keep alive.
+unsafe impl Send for Cache {}
+
+impl Cache {
+    /// Room for `capacity_bytes` of code.
+    ///
+    /// # Errors
+    /// The host refuses executable memory or signal handlers.
+    pub fn new(capacity_bytes: usize, slow_path: SlowPath) -> io::Result<Self> {
+        let mut arena = Arena::new(capacity_bytes)?;
+        let mut asm = Asm::new(arena.next_address());
+        let routines = [Kind::System, Kind::User].map(|kind| runtime::generate(&mut asm, kind, slow_path));
+        arena.place(&asm.finish()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let faults = FaultTable::new(arena.range())?;
+        let first_free = arena.used();
+        Ok(Cache {
+            arena,
+            faults,
+            routines,
+            units: Vec::new(),
+            by_address: FxHashMap::default(),
+            by_page: FxHashMap::default(),
+            sites: Vec::new(),
+            links: Vec::new(),
+            first_free,
+        })
+    }
+
+    /// The shared routines.
+    pub fn routines(&self, kind: Kind) -> Routines {
+        self.routines[kind as usize]
+    }
+
+    /// An assembler at the place where the next unit will be.
+    pub fn asm(&self) -> Asm {
+        Asm::new(self.arena.next_address())
+    }
+
+    /// Number that the next site gets.
+    pub fn next_site(&self) -> u32 {
+        self.sites.len() as u32
+    }
+
+    /// Number that the next link gets.
+    pub fn next_link(&self) -> u32 {
+        self.links.len() as u32
+    }
+
+    /// A unit by its number.
+    pub fn unit(&self, number: u32) -> &Unit {
+        &self.units[number as usize]
+    }
+
+    /// The unit for a guest-physical address. Whether its page changed since is not looked at.
+    pub fn find(&self, gpa: u64, variant: Variant) -> Option<u32> {
+        self.by_address.get(&(gpa, variant)).copied()
+    }
+
+    /// Places a unit's code. `None` if there is no room; then [`Cache::clear`] has to be called.
+    pub fn insert(&mut self, new: NewUnit) -> Option<u32> {
+        if self.faults.room() < new.faults.len() {
+            return None;
+        }
+        self.arena.place(&new.code)?;
+        for (instruction, stub) in new.faults {
+            self.faults.push(instruction, stub);
+        }
+        let number = self.units.len() as u32;
+        self.sites.extend(new.sites);
+        self.links.extend(new.links);
+        let (gpa, variant) = (new.block.gpa(), new.variant);
+        let second_page = new.block.second.as_ref().map(|second| second.gpa >> 12);
+        self.units.push(Unit {
+            block: new.block,
+            variant,
+            entry_host: new.entry_host,
+            entry_memory: new.entry_memory,
+            entry_both: new.entry_both,
+            incoming: Vec::new(),
+        });
+        self.by_address.insert((gpa, variant), number);
+        for page in std::iter::once(gpa >> 12).chain(second_page) {
+            self.by_page.entry(page).or_default().push(number);
+        }
+        Some(number)
+    }
+
+    /// Makes a branch lead straight to a unit.
+    pub fn link(&mut self, link: u32, unit: u32) {
+        let entry = {
+            let target = &self.units[unit as usize];
+            match self.links[link as usize].flags {
+                Place::Host => target.entry_host,
+                Place::Memory => target.entry_memory,
+                Place::Both => target.entry_both,
+            }
+        };
+        let record = &mut self.links[link as usize];
+        if record.target.is_some() {
+            return;
+        }
+        record.target = Some(unit);
+        let field = record.field;
+        self.units[unit as usize].incoming.push(link);
+        self.arena.patch(field, (entry.wrapping_sub(field + 4) as u32).to_le_bytes());
+    }
+
+    /// The page may have changed: no branch leads straight to a unit of it any more. Returns whether there is one.
+    pub fn suspend_page(&mut self, gpa: u64) -> bool {
+        let Some(numbers) = self.by_page.get(&(gpa >> 12)) else { return false };
+        for number in numbers {
+            for link in std::mem::take(&mut self.units[*number as usize].incoming) {
+                let record = &mut self.links[link as usize];
+                record.target = None;
+                let (field, unlinked) = (record.field, record.unlinked);
+                self.arena.patch(field, (unlinked.wrapping_sub(field + 4) as u32).to_le_bytes());
+            }
+        }
+        true
+    }
+
+    /// Forgets every unit. None may be running, and no address of one may be used afterwards.
+    pub fn clear(&mut self) {
+        self.units.clear();
+        self.by_address.clear();
+        self.by_page.clear();
+        self.sites.clear();
+        self.links.clear();
+        self.faults.clear();
+        self.arena.truncate(self.first_free);
+    }
+}
+
+/// A unit that has been assembled for [`Cache::asm`]'s place.
+pub struct NewUnit {
+    /// What it was made from.
+    pub block: Arc<Block>,
+    /// Its variant.
+    pub variant: Variant,
+    /// Its code.
+    pub code: Vec<u8>,
+    /// See [`Unit::entry_host`].
+    pub entry_host: u64,
+    /// See [`Unit::entry_memory`].
+    pub entry_memory: u64,
+    /// See [`Unit::entry_both`].
+    pub entry_both: u64,
+    /// Its sites, numbered from [`Cache::next_site`].
+    pub sites: Vec<Site>,
+    /// Its branches, numbered from [`Cache::next_link`].
+    pub links: Vec<Link>,
+    /// Instructions that the host may fault on, ascending, and where to go on then.
+    pub faults: Vec<(u64, u64)>,
+}

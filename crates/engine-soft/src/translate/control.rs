@@ -1,0 +1,170 @@
+//! Branches: straight to the next unit where it lies in the same page, else by the table of known targets.
+
+use std::mem::offset_of;
+
+use iced_x86::{Instruction, OpKind};
+use x86::paging::PAGE_SIZE;
+
+use super::asm::{Alu, Label, Rm, Width, cond};
+use super::block::{Builder, SitePurpose};
+use super::memory::Operand;
+use super::registers::{T0, T1};
+use super::targets::{INDEX_BITS, MIX_SHIFT, Table, Target};
+use crate::area::{ATTENTION_OFFSET, Layout, run_offset};
+
+/// The page that a RIP lies in, as a mask.
+const PAGE_OF: i32 = -(PAGE_SIZE as i32);
+
+impl Builder<'_> {
+    fn in_page(offset: i64) -> bool {
+        (0..PAGE_SIZE as i64).contains(&offset)
+    }
+
+    /// Goes on at an offset relative to the page.
+    pub fn go_to(&mut self, offset: i64) {
+        if Self::in_page(offset) {
+            if offset <= i64::from(self.offset) {
+                // Every loop has to notice when something is wanted of the vCPU.
+                self.save_flags();
+                let exit = self.exit(offset);
+                self.check_attention(exit);
+            }
+            self.link(offset, |asm, label| asm.jmp(label));
+        } else {
+            self.save_flags();
+            self.load_rip(T0, offset);
+            self.go_to_known_target();
+        }
+    }
+
+    /// Jcc.
+    pub fn jump_if(&mut self, instruction: &Instruction) {
+        self.restore_flags();
+        let condition = instruction.condition_code() as u8 - 1;
+        let target = instruction.near_branch_target() as i64;
+        let next = instruction.next_ip() as i64;
+        if Self::in_page(target) && target > i64::from(self.offset) {
+            self.link(target, |asm, label| asm.jcc(condition, label));
+        } else {
+            let fall_through = self.asm.label();
+            self.asm.jcc(condition ^ 1, fall_through);
+            let flags = self.flags;
+            self.go_to(target);
+            self.flags = flags;
+            self.asm.bind(fall_through);
+        }
+        self.go_to(next);
+    }
+
+    /// CALL with a relative target.
+    pub fn call(&mut self, instruction: &Instruction) {
+        self.save_flags();
+        self.push_return_address(instruction);
+        let target = instruction.near_branch_target() as i64;
+        if Self::in_page(target) {
+            self.link(target, |asm, label| asm.jmp(label));
+        } else {
+            self.load_rip(T0, target);
+            self.go_to_known_target();
+        }
+    }
+
+    fn push_return_address(&mut self, instruction: &Instruction) {
+        self.lookup(Operand::Stack(-8), 8, true, None);
+        self.asm.lea(
+            Width::W64,
+            T0,
+            super::asm::Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 },
+        );
+        self.load_rip(T1, instruction.next_ip() as i64);
+        self.asm.store(Width::W64, Rm::Memory(super::asm::Address::base(T0, 0)), T1);
+        self.move_stack(-8);
+    }
+
+    /// JMP or CALL through a register or memory.
+    pub fn indirect(&mut self, instruction: &Instruction, is_call: bool) {
+        self.save_flags();
+        match instruction.op0_kind() {
+            OpKind::Register => self.load_guest(T0, instruction.op0_register().number()),
+            _ => {
+                self.lookup(Operand::Of(instruction), 8, false, None);
+                Self::load_found(&mut self.asm, T0);
+            }
+        }
+        // An unknown target may be one that faults, before anything is pushed: the interpreter's case.
+        let unknown = self.site(SitePurpose::Interpret, None);
+        self.find_target(unknown);
+        if is_call {
+            self.asm.load(Width::W64, T1, Rm::AreaIndex(T1, 0, self.target_field(offset_of!(Target, host))));
+            self.asm.store(Width::W64, Rm::Area(run_offset!(destination)), T1);
+            self.asm.store(Width::W64, Rm::Area(run_offset!(temporary)), T0);
+            self.push_return_address(instruction);
+            self.asm.load(Width::W64, T0, Rm::Area(run_offset!(temporary)));
+            self.enter_page_of_target();
+            self.asm.jmp_rm(Rm::Area(run_offset!(destination)));
+        } else {
+            self.jump_to_found_target();
+        }
+    }
+
+    /// RET.
+    pub fn ret(&mut self, instruction: &Instruction) {
+        self.save_flags();
+        self.lookup(Operand::Stack(0), 8, false, None);
+        Self::load_found(&mut self.asm, T0);
+        let unknown = self.site(SitePurpose::Interpret, None);
+        self.find_target(unknown);
+        let arguments = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
+        self.move_stack(8 + arguments);
+        self.jump_to_found_target();
+    }
+
+    /// Goes on at the RIP in [`T0`], all other effects of the instruction being done.
+    fn go_to_known_target(&mut self) {
+        self.clobber_flags();
+        self.asm.alu_imm(Alu::Cmp, Width::W32, Rm::Area(ATTENTION_OFFSET), 0);
+        self.asm.jcc_to(cond::NE, self.routines.exit_to);
+        self.index_target();
+        self.asm.alu(Alu::Cmp, Width::W64, T0, self.target_operand(offset_of!(Target, rip)));
+        self.asm.jcc_to(cond::NE, self.routines.exit_to);
+        self.jump_to_found_target();
+    }
+
+    /// Looks the RIP in [`T0`] up; [`T1`] is then the entry's offset. If it is not known, or something is wanted of the vCPU,
+    /// goes to `otherwise`.
+    fn find_target(&mut self, otherwise: Label) {
+        self.check_attention(otherwise);
+        self.index_target();
+        self.asm.alu(Alu::Cmp, Width::W64, T0, self.target_operand(offset_of!(Target, rip)));
+        self.asm.jcc(cond::NE, otherwise);
+    }
+
+    /// The same hash as [`super::targets::index_of`], times the size of an entry.
+    fn index_target(&mut self) {
+        const { assert!(size_of::<Target>() == 16) };
+        self.asm.rorx(T1, T0, MIX_SHIFT);
+        self.asm.alu(Alu::Xor, Width::W32, T1, Rm::Reg(T0));
+        self.asm.alu_imm(Alu::And, Width::W32, Rm::Reg(T1), (1 << INDEX_BITS) - 1);
+        self.asm.shl(Width::W32, T1, 4);
+    }
+
+    fn target_field(&self, field: usize) -> i32 {
+        let table = offset_of!(Layout, targets) + self.variant.privilege() as usize * size_of::<Table>();
+        (table + offset_of!(Table, entries) + field) as i32
+    }
+
+    fn target_operand(&self, field: usize) -> Rm {
+        Rm::AreaIndex(T1, 0, self.target_field(field))
+    }
+
+    fn jump_to_found_target(&mut self) {
+        self.enter_page_of_target();
+        self.asm.jmp_rm(self.target_operand(offset_of!(Target, host)));
+    }
+
+    /// Makes the page of the RIP in [`T0`] the current one.
+    fn enter_page_of_target(&mut self) {
+        self.asm.alu_imm(Alu::And, Width::W64, Rm::Reg(T0), PAGE_OF);
+        self.asm.store(Width::W64, Rm::Area(run_offset!(page)), T0);
+    }
+}

@@ -1,0 +1,284 @@
+//! Memory operands: effective address, TLB lookup, and the instruction on the host address.
+
+use std::mem::offset_of;
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
+use super::block::{Builder, SitePurpose, is_faulting};
+use super::cache::AddressSource;
+use super::flags::{Use, usage};
+use super::registers::{GUEST_RSP, T0, T1, home};
+use crate::area::{Layout, gpr_offset, run_offset, user_offset};
+use crate::cpu::{gpr, seg};
+use crate::native::MemoryUse;
+use crate::native::classify;
+use crate::tlb::{INDEX_BITS, Table};
+
+const PAGE_BYTES: i32 = 4096;
+
+/// An address that a lookup is for.
+#[derive(Clone, Copy)]
+pub(super) enum Operand<'a> {
+    /// The instruction's memory operand.
+    Of(&'a Instruction),
+    /// RSP plus this.
+    Stack(i8),
+}
+
+impl Operand<'_> {
+    fn source(self) -> AddressSource {
+        match self {
+            Operand::Of(_) => AddressSource::Operand,
+            Operand::Stack(offset) => AddressSource::Stack(offset),
+        }
+    }
+}
+
+/// The host operand that a lookup leaves: offset in the page plus the page's host address.
+const FOUND: Address = Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 };
+
+impl Builder<'_> {
+    /// Whether the effective address is of a form that is computed inline.
+    pub fn can_address(&self, instruction: &Instruction) -> bool {
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        let fits = |r: Register| r == Register::None || r.is_gpr64() || r.is_gpr32();
+        if instruction.is_ip_rel_memory_operand() {
+            let offset = instruction.ip_rel_memory_address() as i64;
+            return base == Register::RIP && i32::try_from(offset).is_ok();
+        }
+        fits(base) && fits(index)
+    }
+
+    fn address_width(instruction: &Instruction) -> Width {
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        let narrow = base.is_gpr32()
+            || index.is_gpr32()
+            || base == Register::None && index == Register::None && instruction.memory_displ_size() == 4;
+        // A bare 32-bit displacement is sign-extended in 64-bit code unless the address size says otherwise; the decoder
+        // gives it as four bytes only then.
+        if narrow { Width::W32 } else { Width::W64 }
+    }
+
+    /// The effective address of a memory operand, without its segment, into [`T0`]. [`T1`] may be lost, flags are not.
+    fn effective_address(&mut self, instruction: &Instruction) {
+        if instruction.is_ip_rel_memory_operand() {
+            self.load_rip(T0, instruction.ip_rel_memory_address() as i64);
+            return;
+        }
+        let width = Self::address_width(instruction);
+        let displacement = instruction.memory_displacement64();
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        if base == Register::None && index == Register::None {
+            match width {
+                Width::W32 => self.asm.mov_imm32(T0, displacement as u32),
+                _ => self.asm.mov_imm64(T0, displacement),
+            }
+            return;
+        }
+        let mut place = |register: Register, scratch: Reg| {
+            let number = register.full_register().number();
+            home(number).unwrap_or_else(|| {
+                self.asm.load(Width::W64, scratch, Rm::Area(gpr_offset(number)));
+                scratch
+            })
+        };
+        let base = (base != Register::None).then(|| place(base, T0));
+        let scale = instruction.memory_index_scale().trailing_zeros() as u8;
+        let index = (index != Register::None).then(|| (place(index, T1), scale));
+        let address = Address { base, index, displacement: displacement as i32 };
+        match address {
+            Address { base: Some(base), index: None, displacement: 0 } if width == Width::W64 => {
+                if base != T0 {
+                    self.asm.mov(T0, base);
+                }
+            }
+            _ => self.asm.lea(width, T0, address),
+        }
+    }
+
+    /// LEA.
+    pub fn load_address(&mut self, instruction: &Instruction) {
+        self.effective_address(instruction);
+        let target = instruction.op0_register();
+        let number = target.full_register().number();
+        match target.size() {
+            8 => self.store_guest(number, T0),
+            4 => {
+                self.asm.load(Width::W32, T0, Rm::Reg(T0));
+                self.store_guest(number, T0);
+            }
+            _ => {
+                self.load_guest(T1, number);
+                self.asm.store(Width::W16, Rm::Reg(T1), T0);
+                self.store_guest(number, T1);
+            }
+        }
+    }
+
+    /// Looks an address up; afterwards [`T0`] plus [`T1`] is the operand's host address. The guest's flags have to be in
+    /// memory; the host's are lost. `resume` follows the instruction.
+    pub fn lookup(&mut self, operand: Operand<'_>, len: u8, write: bool, resume: Option<Label>) {
+        self.clobber_flags();
+        let retry = self.asm.label();
+        self.asm.bind(retry);
+        match operand {
+            Operand::Of(instruction) => {
+                self.effective_address(instruction);
+                let segment = instruction.memory_segment();
+                if matches!(segment, Register::FS | Register::GS) {
+                    let number = if segment == Register::FS { seg::FS } else { seg::GS };
+                    let base = user_offset!(segment_base) + 8 * number as i32;
+                    self.asm.alu(Alu::Add, Width::W64, T0, Rm::Area(base));
+                }
+            }
+            Operand::Stack(0) => self.asm.mov(T0, GUEST_RSP),
+            Operand::Stack(offset) => {
+                self.asm.lea(Width::W64, T0, Address::base(GUEST_RSP, i32::from(offset)));
+            }
+        }
+        let purpose = SitePurpose::Access { address: operand.source(), len, write, retry };
+        let slow = self.site(purpose, resume);
+        let table = offset_of!(Layout, tlb) + self.variant.privilege() as usize * size_of::<Table>();
+        let tags = table + if write { offset_of!(Table, write) } else { offset_of!(Table, read) };
+        let hosts = table + offset_of!(Table, host);
+        const { assert!(INDEX_BITS == 16, "the index is the page number's low word") };
+        self.asm.rorx(T1, T0, 12);
+        self.asm.movzx16(T1, Rm::Reg(T1));
+        self.asm.alu(Alu::Xor, Width::W64, T0, Rm::AreaIndex(T1, 3, tags as i32));
+        // What is left is the offset in the page, if it is that page; the operand must not reach beyond it.
+        self.asm.alu_imm(Alu::Cmp, Width::W64, Rm::Reg(T0), PAGE_BYTES - i32::from(len));
+        self.asm.jcc(cond::A, slow);
+        self.asm.load(Width::W64, T1, Rm::AreaIndex(T1, 3, hosts as i32));
+    }
+
+    /// An instruction with a memory operand.
+    pub fn memory(&mut self, instruction: &Instruction, memory: MemoryUse) {
+        let usage = usage(instruction);
+        let write = memory != MemoryUse::Read;
+        let (_, bytes) = classify::memory_use_of(instruction);
+        let resume = self.asm.label();
+        self.save_flags();
+        self.lookup(Operand::Of(instruction), bytes as u8, write, Some(resume));
+
+        let mut found = *instruction;
+        found.set_segment_prefix(Register::None);
+        found.set_memory_displacement64(0);
+        found.set_memory_displ_size(0);
+        found.set_memory_index_scale(1);
+        found.set_memory_base(Register::R10);
+        let in_memory = (0..instruction.op_count()).any(|i| {
+            let register = instruction.op_register(i);
+            instruction.op_kind(i) == OpKind::Register
+                && register.is_gpr()
+                && home(register.full_register().number()).is_none()
+        });
+        let needs_flags = matches!(usage, Use::Needs { .. });
+        if in_memory || needs_flags {
+            // The second scratch register is wanted for something else.
+            self.asm.lea(Width::W64, T0, FOUND);
+            found.set_memory_index(Register::None);
+        } else {
+            found.set_memory_index(Register::R11);
+        }
+        if needs_flags {
+            self.restore_flags();
+        }
+        if is_faulting(instruction) {
+            self.fault_exit(&found, &[T1], resume);
+        } else {
+            self.native(&found, &[T1]);
+        }
+        self.asm.bind(resume);
+        self.note_flags(usage);
+    }
+
+    /// Loads eight bytes from a found address.
+    pub fn load_found(asm: &mut Asm, to: Reg) {
+        asm.load(Width::W64, to, Rm::Memory(FOUND));
+    }
+
+    // ---- the stack ------------------------------------------------------------------------------------------------
+
+    /// PUSH.
+    pub fn push(&mut self, instruction: &Instruction) {
+        let resume = self.asm.label();
+        self.save_flags();
+        let from_memory = instruction.op0_kind() == OpKind::Memory;
+        if from_memory {
+            self.lookup(Operand::Of(instruction), 8, false, Some(resume));
+            Self::load_found(&mut self.asm, T0);
+            self.asm.store(Width::W64, Rm::Area(run_offset!(temporary)), T0);
+        }
+        self.lookup(Operand::Stack(-8), 8, true, Some(resume));
+        let found = Rm::Memory(FOUND);
+        match instruction.op0_kind() {
+            OpKind::Register => {
+                let number = instruction.op0_register().number();
+                match home(number) {
+                    Some(host) => self.asm.store(Width::W64, found, host),
+                    None => {
+                        self.asm.lea(Width::W64, T0, FOUND);
+                        self.asm.load(Width::W64, T1, Rm::Area(gpr_offset(number)));
+                        self.asm.store(Width::W64, Rm::Memory(Address::base(T0, 0)), T1);
+                    }
+                }
+            }
+            OpKind::Memory => {
+                self.asm.lea(Width::W64, T0, FOUND);
+                self.asm.load(Width::W64, T1, Rm::Area(run_offset!(temporary)));
+                self.asm.store(Width::W64, Rm::Memory(Address::base(T0, 0)), T1);
+            }
+            _ => self.asm.store_imm(Width::W64, found, instruction.immediate(0) as i32),
+        }
+        self.move_stack(-8);
+        self.asm.bind(resume);
+    }
+
+    /// POP to a register.
+    pub fn pop(&mut self, instruction: &Instruction) {
+        let resume = self.asm.label();
+        self.save_flags();
+        self.lookup(Operand::Stack(0), 8, false, Some(resume));
+        let number = instruction.op0_register().number();
+        match home(number) {
+            Some(host) => Self::load_found(&mut self.asm, host),
+            None => {
+                Self::load_found(&mut self.asm, T0);
+                self.store_guest(number, T0);
+            }
+        }
+        if number != gpr::RSP {
+            self.move_stack(8);
+        }
+        self.asm.bind(resume);
+    }
+
+    /// LEAVE.
+    pub fn leave(&mut self) {
+        let resume = self.asm.label();
+        self.save_flags();
+        // The frame that RBP points to, as an operand like any other.
+        self.clobber_flags();
+        self.lookup_frame(resume);
+        self.asm.lea(Width::W64, GUEST_RSP, Address::base(Reg::RBP, 8));
+        Self::load_found(&mut self.asm, Reg::RBP);
+        self.asm.bind(resume);
+    }
+
+    fn lookup_frame(&mut self, resume: Label) {
+        let frame = Instruction::with2(
+            iced_x86::Code::Mov_r64_rm64,
+            Register::RBP,
+            iced_x86::MemoryOperand::with_base(Register::RBP),
+        );
+        if let Ok(frame) = frame {
+            self.lookup(Operand::Of(&frame), 8, false, Some(resume));
+        }
+    }
+
+    /// Adds to RSP without touching flags.
+    pub fn move_stack(&mut self, by: i32) {
+        self.asm.lea(Width::W64, GUEST_RSP, Address::base(GUEST_RSP, by));
+    }
+}

@@ -1,0 +1,25 @@
+//! The translator: guest code becomes host code.
+//!
+//! A guest instruction is a host instruction. What has no memory operand is copied, with registers renamed where the
+//! guest's are elsewhere; a memory operand becomes a lookup in the vCPU's TLB and the same instruction on the host
+//! address; branches go from translated block to translated block; everything else calls the interpreter's handler for
+//! that one instruction and comes back. Only blocks that have run a few times are translated.
+//!
+//! - [`registers`]: which guest register is where; [`asm`]: encodings of what the translator adds.
+//! - [`runtime`]: the ways in and out of translated code.
+//! - [`block`]: one block's code; [`flags`], [`memory`], [`control`]: its parts.
+//! - [`cache`]: code memory, blocks by address, links between them; [`targets`]: the table of jump targets.
+//! - [`dispatch`]: when which code runs, and what happens between.
+//!
+//! Why it is shaped so, and what was tried: decision 0003.
+
+pub mod asm;
+pub mod block;
+pub mod cache;
+pub mod control;
+pub mod dispatch;
+pub mod flags;
+pub mod memory;
+pub mod registers;
+pub mod runtime;
+pub mod targets;

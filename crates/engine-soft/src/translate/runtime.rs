@@ -1,0 +1,146 @@
+//! The routines that translated code shares: the way in, the ways out, and the call of Rust code for what a block
+//! cannot do itself. They are generated once a code memory, for each of the two kinds of code:
+//!
+//! - *user* code (CPL 3) runs with the guest's vector registers and MXCSR in the host's, loaded on the way in and saved
+//!   on the way out, so that it uses them freely;
+//! - *system* code runs without; what it does with vector registers is interpreted.
+//!
+//! Registers while translated code runs: see [`super::registers`]; RSP is the stack of the Rust code that entered, GS the
+//! vCPU's area. Nothing of Rust is in a register that is not saved here.
+
+use super::asm::{Alu, Asm, Reg, Rm, Width, cond};
+use super::registers::{T0, T1, home};
+use crate::area::{gpr_offset, run_offset, user_offset};
+use crate::cpu::Cpu;
+
+/// Registers that a Rust function expects back.
+const CALLEE_SAVED: [Reg; 6] = [Reg::RBX, Reg::RBP, Reg::R12, Reg::R13, Reg::R14, Reg::R15];
+
+/// The two kinds of code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Without vector registers.
+    System = 0,
+    /// With vector registers.
+    User = 1,
+}
+
+/// Addresses of one kind's routines.
+#[derive(Clone, Copy, Debug)]
+pub struct Routines {
+    /// `extern "C" fn(code: u64)`: continues at translated code that expects the flags in memory.
+    pub enter: u64,
+    /// Interrupts the code for the site whose number is in [`T1`]; flags are in memory.
+    pub slow: u64,
+    /// Leaves: RIP is the page plus [`T1`]; flags are in memory.
+    pub exit: u64,
+    /// As `exit` with the flags in the host's register.
+    pub exit_host_flags: u64,
+    /// Leaves: RIP is in [`T0`]; flags are in memory.
+    pub exit_to: u64,
+}
+
+/// Called for a site: returns where the code goes on, or 0 to leave.
+pub type SlowPath = extern "C" fn(cpu: *mut Cpu, site: u32) -> u64;
+
+/// Generates the routines of one kind at the assembler's place.
+pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
+    let (reload, leave, save_and_leave) = (asm.label(), asm.label(), asm.label());
+
+    let enter = asm.address();
+    for register in CALLEE_SAVED {
+        asm.push(register);
+    }
+    // Calls from here want the stack aligned.
+    asm.lea(Width::W64, Reg::RSP, super::asm::Address::base(Reg::RSP, -8));
+    asm.store(Width::W64, Rm::Area(run_offset!(resume)), Reg::RDI);
+    asm.bind(reload);
+    if kind == Kind::User {
+        for register in 0..16 {
+            asm.load_ymm(register, user_offset!(vector) + 32 * i32::from(register));
+        }
+        asm.load_mxcsr(user_offset!(mxcsr));
+    }
+    load_flags(asm);
+    for guest in 0..16 {
+        if let Some(register) = home(guest) {
+            asm.load(Width::W64, register, Rm::Area(gpr_offset(guest)));
+        }
+    }
+    asm.jmp_rm(Rm::Area(run_offset!(resume)));
+
+    let slow = asm.address();
+    save_registers(asm, kind);
+    asm.load(Width::W64, Reg::RDI, Rm::Area(run_offset!(cpu)));
+    asm.load(Width::W32, Reg::RSI, Rm::Reg(T1));
+    asm.mov_imm64(Reg::RAX, slow_path as usize as u64);
+    asm.call_rm(Rm::Reg(Reg::RAX));
+    asm.store(Width::W64, Rm::Area(run_offset!(resume)), Reg::RAX);
+    asm.alu_imm(Alu::Cmp, Width::W64, Rm::Reg(Reg::RAX), 0);
+    asm.jcc(cond::NE, reload);
+    asm.bind(leave);
+    asm.lea(Width::W64, Reg::RSP, super::asm::Address::base(Reg::RSP, 8));
+    for register in CALLEE_SAVED.iter().rev() {
+        asm.pop(*register);
+    }
+    asm.ret();
+
+    let exit_host_flags = asm.address();
+    asm.mov(T0, Reg::RAX);
+    asm.lahf();
+    asm.seto_al();
+    asm.store(Width::W16, Rm::Area(user_offset!(status)), Reg::RAX);
+    asm.mov(Reg::RAX, T0);
+    let exit = asm.address();
+    asm.mov(T0, T1);
+    asm.alu(Alu::Add, Width::W64, T0, Rm::Area(run_offset!(page)));
+    asm.jmp(save_and_leave);
+    let exit_to = asm.address();
+    asm.bind(save_and_leave);
+    asm.store(Width::W64, Rm::Area(user_offset!(rip)), T0);
+    save_registers(asm, kind);
+    asm.jmp(leave);
+    asm.ud2();
+
+    Routines { enter, slow, exit, exit_host_flags, exit_to }
+}
+
+/// Everything that is in registers, but the flags, to the area; then what Rust code expects of the vector unit.
+fn save_registers(asm: &mut Asm, kind: Kind) {
+    for guest in 0..16 {
+        if let Some(register) = home(guest) {
+            asm.store(Width::W64, Rm::Area(gpr_offset(guest)), register);
+        }
+    }
+    if kind == Kind::User {
+        for register in 0..16 {
+            asm.store_ymm(register, user_offset!(vector) + 32 * i32::from(register));
+        }
+        asm.store_mxcsr(user_offset!(mxcsr));
+        asm.load_mxcsr(run_offset!(host_mxcsr));
+        asm.vzeroupper();
+    }
+}
+
+/// Packed flags in memory to the host's flags; RAX is lost.
+fn load_flags(asm: &mut Asm) {
+    asm.movzx16(Reg::RAX, Rm::Area(user_offset!(status)));
+    asm.add_al(0x7f);
+    asm.sahf();
+}
+
+/// The guest's flags from the host's register to memory. [`T1`] is lost, the host's flags are not.
+pub fn save_flags(asm: &mut Asm) {
+    asm.mov(T1, Reg::RAX);
+    asm.lahf();
+    asm.seto_al();
+    asm.store(Width::W16, Rm::Area(user_offset!(status)), Reg::RAX);
+    asm.mov(Reg::RAX, T1);
+}
+
+/// The guest's flags from memory to the host's register. [`T1`] is lost.
+pub fn restore_flags(asm: &mut Asm) {
+    asm.mov(T1, Reg::RAX);
+    load_flags(asm);
+    asm.mov(Reg::RAX, T1);
+}
