@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::engine::Engine;
 use crate::idle::{self, Idle};
-use crate::numbers::median;
+use crate::numbers::{least, median};
 use crate::options::Options;
 use crate::report;
 use crate::work::{self, Kind, Run, Workload};
@@ -40,13 +40,21 @@ pub struct Side {
     /// The runs of each workload.
     pub runs: BTreeMap<String, Vec<Run>>,
     pub idle: Option<Idle>,
+    /// Whether the quickest pass counts.
+    #[serde(skip)]
+    least: bool,
 }
 
 impl Side {
-    /// The median over the rounds of the time for a whole workload.
+    /// The time for a whole workload: the median over the rounds, or by the quickest pass.
     pub fn seconds(&self, workload: &Workload) -> Option<f64> {
         let runs = self.runs.get(&workload.name)?;
-        Some(median(&runs.iter().map(|run| run.full_s(workload)).collect::<Vec<_>>()))
+        Some(if self.least {
+            let passes: Vec<_> = runs.iter().map(|run| run.least_s).collect();
+            least(&passes) * f64::from(workload.passes)
+        } else {
+            median(&runs.iter().map(|run| run.full_s(workload)).collect::<Vec<_>>())
+        })
     }
 }
 
@@ -137,6 +145,8 @@ pub struct Results {
     pub peer: String,
     pub rounds: usize,
     pub limit_s: f64,
+    /// Whether the tables are of the quickest passes.
+    pub least: bool,
     pub configurations: Vec<Configuration>,
     /// What went wrong: workloads that did not end, results that differ, clocks that are off.
     pub problems: Vec<String>,
@@ -168,6 +178,7 @@ pub fn run(options: &Options, directory: &Path) -> Result<bool, Box<dyn std::err
         peer: host::first_line("qemu-system-x86_64", &["--version"]),
         rounds: options.rounds.unwrap_or(ROUNDS),
         limit_s: options.limit_s,
+        least: options.least,
         configurations: Vec::new(),
         problems: Vec::new(),
         workloads,
@@ -184,7 +195,13 @@ pub fn run(options: &Options, directory: &Path) -> Result<bool, Box<dyn std::err
 
 fn configuration(options: &Options, cpus: u32, root: &Path, results: &mut Results) {
     let new_side = |engine: &Engine| Contender {
-        side: Side { engine: *engine, boot_s: Vec::new(), runs: BTreeMap::new(), idle: None },
+        side: Side {
+            engine: *engine,
+            boot_s: Vec::new(),
+            runs: BTreeMap::new(),
+            idle: None,
+            least: options.least,
+        },
         cpus,
         running: None,
     };
