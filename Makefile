@@ -1,7 +1,7 @@
 # Apiary's front door. `make help` lists what there is.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test build lint unit system lab bench differential guests clean-machine clean
+.PHONY: help demo test build lint unit system lab differential stress bench guests clean-machine clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1 \2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -32,11 +32,14 @@ differential: ## every user-mode instruction form against the host's processor, 
 	DIFFERENTIAL_STATES=$${DIFFERENTIAL_STATES:-2000} \
 	    cargo test --release -p apiary-engine-soft --test differential -- --nocapture
 
+stress: ## proof programs and stress-ng on the soft engine, ten minutes each, eighty minutes in all
+	@tests/run stress
+
 bench: ## boot time and a suite of workloads, on the soft engine, QEMU's emulator and the bare host
 	@bench/run
 
-guests: ## fetch the guests and make their initramfs
-	@lab/guests && lab/initramfs
+guests: ## fetch the guests and make their root file systems
+	@lab/guests && lab/initramfs && lab/debian
 
 clean-machine: ## the README's commands in a fresh Debian chroot (root, some minutes)
 	@lab/clean-machine

@@ -81,7 +81,7 @@ static uint64_t faults_pass(void)
 
 static uint64_t pipe_pass(void)
 {
-    enum { TRIPS = 2000 };
+    enum { TRIPS = 1000 };
     int there[2], back[2], status;
     if (pipe(there) != 0 || pipe(back) != 0)
         fail("pipe");
@@ -248,7 +248,7 @@ const struct workload system_workloads[] = {
     {"syscall", 8, syscall_pass, NULL},
     {"read", 8, read_pass, read_prepare},
     {"faults", 8, faults_pass, NULL},
-    {"pipe", 8, pipe_pass, NULL},
+    {"pipe", 16, pipe_pass, NULL},
     {"fork", 8, fork_pass, NULL},
     {"exec", 8, exec_pass, NULL},
     {"lock", 8, lock_pass, NULL},

@@ -128,9 +128,9 @@ const struct workload tool_workloads[] = {
     {"zstd", 3, zstd_pass, two_megabytes},
     {"gzip", 3, gzip_pass, two_megabytes},
     {"openssl", 5, openssl_pass, four_megabytes},
-    {"python", 2, python_pass, NULL},
-    {"perl", 2, perl_pass, NULL},
-    {"luajit", 3, luajit_pass, NULL},
+    {"python", 3, python_pass, NULL},
+    {"perl", 3, perl_pass, NULL},
+    {"luajit", 2, luajit_pass, NULL},
     {"compiler", 1, compiler_pass, NULL},
     {0},
 };

@@ -20,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -137,7 +138,7 @@ static int run(const struct workload *workload, unsigned passes, double limit)
 
 int main(int argc, char **argv)
 {
-    self = argv[0];
+    self = (const char *)getauxval(AT_EXECFN);
     /* What the workload that starts programs starts. */
     if (argc == 2 && strcmp(argv[1], "nothing") == 0)
         return 0;

@@ -37,28 +37,53 @@ pub fn measure(running: &mut Running) -> Result<Idle, Error> {
     Ok(Idle { processor_percent, memory_mib, code_mib })
 }
 
-/// Resident MiB beyond the guest's, and of generated code; proc(5), smaps.
-fn memory(pid: u32) -> (f64, f64) {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
-    let (mut other_kib, mut code_kib) = (0, 0);
-    let (mut executable, mut size_kib) = (false, 0);
-    for line in maps.lines() {
-        let mut words = line.split_whitespace();
-        let (first, second) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        let kib = second.parse::<u64>().unwrap_or(0);
-        match first {
-            "Size:" => size_kib = kib,
-            "Rss:" if size_kib >= GUEST_MEMORY_KIB => {}
-            "Rss:" if executable => code_kib += kib,
-            "Rss:" => other_kib += kib,
-            // ADDRESSES PERMISSIONS OFFSET DEVICE INODE [PATH]
-            _ if first.contains('-') && !first.ends_with(':') => {
-                let path = words.nth(3).unwrap_or_default();
-                let of_a_file = path.starts_with('/') && !path.starts_with("/memfd:");
-                executable = second.contains('x') && !of_a_file && !path.starts_with('[');
+/// One mapping of a process.
+#[derive(Default)]
+struct Mapping {
+    executable: bool,
+    /// That of a file, or of a memfd.
+    inode: u64,
+    of_a_file: bool,
+    size_kib: u64,
+    resident_kib: u64,
+}
+
+/// The mappings as proc(5) tells them: a line "ADDRESSES PERMISSIONS OFFSET DEVICE INODE [PATH]", then lines "NAME: VALUE".
+fn mappings(smaps: &str) -> Vec<Mapping> {
+    let mut all: Vec<Mapping> = Vec::new();
+    for line in smaps.lines() {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let kib = || words.get(1).and_then(|word| word.parse().ok()).unwrap_or(0);
+        match (words.first(), all.last_mut()) {
+            (Some(&"Size:"), Some(mapping)) => mapping.size_kib = kib(),
+            (Some(&"Rss:"), Some(mapping)) => mapping.resident_kib = kib(),
+            (Some(first), _) if !first.ends_with(':') => {
+                let path = words.get(5).copied().unwrap_or_default();
+                all.push(Mapping {
+                    executable: words.get(1).is_some_and(|permissions| permissions.contains('x')),
+                    inode: words.get(4).and_then(|word| word.parse().ok()).unwrap_or(0),
+                    of_a_file: path.starts_with('[') || path.starts_with('/') && !path.starts_with("/memfd:"),
+                    ..Mapping::default()
+                });
             }
             _ => {}
         }
     }
+    all
+}
+
+/// Resident MiB beyond the guest's memory and generated code, and of generated code. Code that is mapped twice, to be
+/// written and to be executed, is the same memory.
+fn memory(pid: u32) -> (f64, f64) {
+    let all = mappings(&std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default());
+    let is_code = |mapping: &&Mapping| mapping.executable && !mapping.of_a_file;
+    let code_inodes: Vec<_> =
+        all.iter().filter(is_code).map(|m| m.inode).filter(|inode| *inode != 0).collect();
+    let code_kib: u64 = all.iter().filter(is_code).map(|m| m.resident_kib).sum();
+    let other_kib: u64 = all
+        .iter()
+        .filter(|m| !is_code(m) && m.size_kib < GUEST_MEMORY_KIB && !code_inodes.contains(&m.inode))
+        .map(|m| m.resident_kib)
+        .sum();
     (other_kib as f64 / 1024.0, code_kib as f64 / 1024.0)
 }

@@ -33,7 +33,7 @@ fn directory() -> std::io::Result<PathBuf> {
 fn run(options: &Options) -> Result<bool, Box<dyn std::error::Error>> {
     if let Some(engine) = options.command {
         let names: Vec<&str> = options.workloads.iter().map(String::as_str).collect();
-        println!("{}", suite::command_line(engine, options.cpus[0], &names));
+        println!("{}", suite::command_line(engine, options, &names));
         return Ok(true);
     }
     let mut right = true;

@@ -99,8 +99,9 @@ fn rest_table(text: &mut String, configuration: &Configuration) {
 
 /// The whole page.
 pub fn markdown(results: &Results) -> String {
+    let what = if results.least { "The quickest passes" } else { "Medians" };
     let mut text = format!(
-        "# Guest benchmark suite\n\n{}, {} of memory, on {}; {}. Medians of {} rounds; docs/performance.md explains.\n\n",
+        "# Guest benchmark suite\n\n{}, {} of memory, on {}; {}. {what} of {} rounds; docs/performance.md explains.\n\n",
         results.guest, results.memory, results.host, results.peer, results.rounds
     );
     for configuration in &results.configurations {

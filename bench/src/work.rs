@@ -63,6 +63,8 @@ pub struct Run {
     pub passes: u32,
     /// The time for these.
     pub seconds: f64,
+    /// The time of the quickest pass.
+    pub least_s: f64,
     /// The time with all preparation, by the same clock.
     pub whole_s: f64,
     /// The time that the whole took by the host's clock, if the other was a guest's.
@@ -87,6 +89,7 @@ impl Run {
             Some(Self {
                 passes: value("passes")?.parse().ok()?,
                 seconds: value("seconds")?.parse().ok()?,
+                least_s: value("least")?.parse().ok()?,
                 whole_s: value("whole")?.parse().ok()?,
                 outside_s: None,
                 check: value("check")?.to_owned(),

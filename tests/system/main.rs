@@ -6,6 +6,7 @@ mod boot;
 mod control;
 mod memtest;
 mod misuse;
+mod proof;
 mod terminal;
 
 use guest::{Ended, Report, program};

@@ -320,11 +320,12 @@ impl Cpu {
         let map = self.map.clone();
         if let Some((slot, gpa)) = map.find_host(host) {
             let code = slot.holds_code(gpa);
-            slot.tracker().note_write(slot.page(gpa));
+            let changes = map.code_changes();
+            let more = slot.tracker().note_write(slot.page(gpa));
             if code {
                 self.stop_block = true;
                 self.counters.code_writes += 1;
-                self.code_was_written(&[gpa]);
+                self.code_was_written(&[gpa], Some((changes, more)));
                 self.shared.tell_code_changed(self.id, gpa);
             }
         }

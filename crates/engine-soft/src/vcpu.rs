@@ -220,7 +220,7 @@ impl Cpu {
                 self.refresh_map();
             }
             if bits & attention::CODE != 0 {
-                self.code_was_written(&own.take_changed_code());
+                self.code_was_written(&own.take_changed_code(), None);
             }
             if bits & attention::KICK != 0 {
                 // What else was asked for is looked at when the vCPU runs again.

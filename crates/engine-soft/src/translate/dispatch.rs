@@ -201,18 +201,24 @@ impl Cpu {
         self.enter(variant.kind(), code)
     }
 
-    /// Vcpus wrote to pages of code.
-    pub fn code_was_written(&mut self, pages: &[u64]) {
+    /// vCPUs wrote to pages of code. `own` is how much code had changed before this vCPU wrote, and by how much more it has
+    /// changed by that: then that need not be looked for.
+    pub fn code_was_written(&mut self, pages: &[u64], own: Option<(u64, u64)>) {
         for gpa in pages {
             self.suspend_code(*gpa);
         }
-        let changes = self.map.code_changes();
-        if let Some(translator) = &mut self.translator
-            && translator.code_changes + pages.len() as u64 == changes
+        if let Some((before, more)) = own
+            && let Some(translator) = &mut self.translator
+            && translator.code_changes == before
         {
-            // Nothing else has changed: no need to look for it.
-            translator.code_changes = changes;
+            translator.code_changes = before + more;
         }
+    }
+
+    /// Whether code in memory has changed since this vCPU last looked.
+    fn code_has_changed(&self) -> bool {
+        let changes = self.map.code_changes();
+        self.translator.as_ref().is_some_and(|translator| translator.code_changes != changes)
     }
 
     /// Looks for pages of code that a device wrote. (Of what vCPUs write they tell each other.)
@@ -402,7 +408,9 @@ impl Cpu {
             let linear = self.user.segment_base[segment].wrapping_add(offset);
             let aligned = linear & (u64::from(alignment) - 1) == 0;
             if aligned && self.now_in_tlb(linear, len, write) {
-                return retry;
+                // A page that another vCPU wrote is no longer watched: before this one may write to it as to any other, it
+                // has to know that its own code there is not to be relied on. (RIP is still at the instruction.)
+                return if self.code_has_changed() { 0 } else { retry };
             }
         }
         self.counters.handler_calls += 1;
@@ -410,8 +418,7 @@ impl Cpu {
         match (op.run)(self, op) {
             Ok(flow) => {
                 self.user.rip = self.next_ip;
-                let changes = self.map.code_changes();
-                let code_changed = self.translator.as_ref().is_some_and(|t| t.code_changes != changes);
+                let code_changed = self.code_has_changed();
                 if flow == Flow::End
                     || self.stop_block
                     || code_changed
