@@ -17,7 +17,7 @@ use x86::paging::PAGE_SIZE;
 
 use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
 use super::cache::{AddressSource, Cache, Guard, Link, NewUnit, Purpose, Site, Variant};
-use super::flags::{Place, Use, usage};
+use super::flags::{Place, Recipe, Use, usage, written_registers};
 use super::registers::{T0, T1, home, is_high_byte, part};
 use super::runtime::{self, Kind, Routines};
 use crate::area::{ATTENTION_OFFSET, gpr_offset, run_offset};
@@ -55,9 +55,9 @@ pub(super) enum Class {
 /// What is emitted behind the hot path.
 enum Cold {
     /// Calls Rust code for a site.
-    Slow { label: Label, site: u32 },
+    Slow { label: Label, site: u32, flags: Option<Recipe> },
     /// Leaves with RIP at an offset in the page.
-    Exit { label: Label, offset: i32 },
+    Exit { label: Label, offset: i32, flags: Option<Recipe> },
     /// Leaves likewise, asking for a link.
     Unlinked { label: Label, link: u32, offset: i32, flags: Place },
     /// The stack of translated code is full: it begins anew, and the push is tried again.
@@ -75,6 +75,14 @@ struct NewLink {
     flags: Place,
     /// Offsets of the fields of its [`Guard`].
     guard: Option<(usize, usize)>,
+}
+
+/// What an instruction does to flags and registers.
+#[derive(Clone, Copy)]
+struct Effects {
+    flags: Use,
+    /// General registers that it changes, a bit each.
+    written: u16,
 }
 
 /// A block's translation under construction.
@@ -97,6 +105,11 @@ pub(super) struct Builder<'a> {
     vectors_loaded: bool,
     /// The encoder refused the present instruction.
     refused: bool,
+    /// How the flags can be made again at this point.
+    recipe: Option<Recipe>,
+    /// What the block's instructions are.
+    classes: Vec<Class>,
+    effects: Vec<Effects>,
     /// Where the flags are at this point.
     pub flags: Place,
     /// The instruction being translated, and its place.
@@ -134,6 +147,9 @@ pub fn translate(
         x87_loaded: false,
         vectors_loaded: kind == Kind::User,
         refused: false,
+        recipe: None,
+        classes: Vec::new(),
+        effects: Vec::new(),
         flags: Place::Host,
         current: 0,
         offset: 0,
@@ -141,6 +157,11 @@ pub fn translate(
     let instructions = builder.decode();
     let classes: Vec<Class> =
         instructions.iter().zip(&block.ops).map(|(i, op)| builder.classify(i, op)).collect();
+    builder.effects = instructions
+        .iter()
+        .map(|i| Effects { flags: usage(i), written: written_registers(builder.info, i) })
+        .collect();
+    builder.classes = classes.clone();
 
     let (entry_host, entry_memory, entry_both);
     let start = builder.start(&instructions, &classes);
@@ -157,7 +178,7 @@ pub fn translate(
             entry_host = builder.asm.address();
             entry_both = entry_host;
         }
-        Place::Both => {
+        Place::Both | Place::Repeat => {
             entry_host = builder.asm.address();
             entry_memory = entry_host;
             entry_both = entry_host;
@@ -170,6 +191,7 @@ pub fn translate(
         builder.current = index;
         builder.offset = instruction.ip() as i32;
         ended = builder.instruction(instruction, *class, index + 1 == instructions.len());
+        builder.note_effects(instruction, *class);
     }
     if !ended {
         let next = instructions.last().map_or(0, |i| i.next_ip() as i64);
@@ -334,8 +356,30 @@ impl Builder<'_> {
 
     // ---- flags ----------------------------------------------------------------------------------------------------
 
-    /// Makes memory hold the flags, so that the host's may be used for something else.
+    /// Makes sure that the host's flags may be used for something else: the guest's are in memory, or can be had again.
+    pub fn free_flags(&mut self) {
+        if self.flags == Place::Host && self.recipe_lasts() {
+            self.flags = Place::Repeat;
+        }
+        if self.flags == Place::Host {
+            self.save_flags();
+        }
+    }
+
+    /// As [`Builder::free_flags`], before an instruction that may fault and uses flags so: what makes them again must not be
+    /// done only for the instruction and leave the fault without.
+    pub fn free_flags_before_fault(&mut self, usage: Use) {
+        match usage {
+            Use::Needs { .. } => self.save_flags(),
+            _ => self.free_flags(),
+        }
+    }
+
+    /// Makes memory hold the flags.
     pub fn save_flags(&mut self) {
+        if self.flags == Place::Repeat {
+            self.restore_flags();
+        }
         if self.flags == Place::Host {
             runtime::save_flags(&mut self.asm);
             self.flags = Place::Both;
@@ -345,15 +389,64 @@ impl Builder<'_> {
     /// Notes that the host's flags have been used for something else.
     pub fn clobber_flags(&mut self) {
         debug_assert!(self.flags != Place::Host);
-        self.flags = Place::Memory;
+        if self.flags == Place::Both {
+            self.flags = Place::Memory;
+        }
     }
 
     /// Makes the host's flags those of the guest. [`T1`] is lost.
     pub fn restore_flags(&mut self) {
-        if self.flags == Place::Memory {
-            runtime::restore_flags(&mut self.asm);
-            self.flags = Place::Both;
+        match (self.flags, self.recipe) {
+            (Place::Memory, _) => {
+                runtime::restore_flags(&mut self.asm);
+                self.flags = Place::Both;
+            }
+            (Place::Repeat, Some(recipe)) => {
+                self.native(&recipe.instruction, &[T1]);
+                self.flags = Place::Host;
+            }
+            _ => {}
         }
+    }
+
+    /// The recipe, if the flags are nowhere else.
+    fn recipe_in_use(&self) -> Option<Recipe> {
+        self.recipe.filter(|_| self.flags == Place::Repeat)
+    }
+
+    /// In a cold stub: makes the flags again, to memory.
+    fn repeat_and_save(&mut self, recipe: Option<Recipe>) {
+        if let Some(recipe) = recipe {
+            self.native(&recipe.instruction, &[T1]);
+            runtime::save_flags(&mut self.asm);
+        }
+    }
+
+    /// Whether the recipe's registers keep their values until the flags are set anew, or are wanted in their place.
+    fn recipe_lasts(&self) -> bool {
+        let Some(recipe) = self.recipe else { return false };
+        for (class, effects) in self.classes[self.current..].iter().zip(&self.effects[self.current..]) {
+            match class {
+                Class::Nothing
+                | Class::Address
+                | Class::Plain
+                | Class::Memory(_)
+                | Class::Push
+                | Class::Pop
+                | Class::Leave => {}
+                // There they are made again.
+                _ => return true,
+            }
+            match effects.flags {
+                Use::Replaces => return true,
+                Use::Needs { .. } => return true,
+                Use::None => {}
+            }
+            if effects.written & recipe.reads != 0 {
+                return false;
+            }
+        }
+        true
     }
 
     // ---- sites, stubs, links --------------------------------------------------------------------------------------
@@ -372,7 +465,8 @@ impl Builder<'_> {
         let op = &raw const self.block.ops[self.current];
         let site = Site { op, offset: self.offset as u16, variant: self.variant, purpose, resume: 0 };
         self.sites.push((site, retry, resume));
-        self.cold.push(Cold::Slow { label, site: number });
+        let flags = self.recipe_in_use();
+        self.cold.push(Cold::Slow { label, site: number, flags });
         label
     }
 
@@ -393,7 +487,8 @@ impl Builder<'_> {
     /// A cold stub that leaves with RIP at an offset of the page; the flags have to be in memory.
     pub fn exit(&mut self, offset: i64) -> Label {
         let label = self.asm.label();
-        self.cold.push(Cold::Exit { label, offset: offset as i32 });
+        let flags = self.recipe_in_use();
+        self.cold.push(Cold::Exit { label, offset: offset as i32, flags });
         label
     }
 
@@ -443,13 +538,15 @@ impl Builder<'_> {
         let base = self.asm.address() - self.asm.size() as u64;
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Slow { label, site } => {
+                Cold::Slow { label, site, flags } => {
                     self.asm.bind(label);
+                    self.repeat_and_save(flags);
                     self.asm.mov_imm32(T1, site);
                     self.asm.jmp_to(self.routines.slow);
                 }
-                Cold::Exit { label, offset } => {
+                Cold::Exit { label, offset, flags } => {
                     self.asm.bind(label);
+                    self.repeat_and_save(flags);
                     self.asm.mov_simm32(T1, offset);
                     self.asm.jmp_to(self.routines.exit);
                 }
@@ -571,8 +668,8 @@ impl Builder<'_> {
                 true
             }
             Class::JumpIf => {
-                self.jump_if(instruction);
-                true
+                self.jump_if(instruction, last);
+                last
             }
             Class::Call => {
                 self.call(instruction);
@@ -625,7 +722,7 @@ impl Builder<'_> {
 
     /// Calls a routine if a word of the area is zero.
     fn call_unless(&mut self, word: i32, routine: u64) {
-        self.save_flags();
+        self.free_flags();
         self.clobber_flags();
         let skip = self.asm.label();
         self.asm.alu_imm(Alu::Cmp, Width::W32, Rm::Area(word), 0);
@@ -640,7 +737,7 @@ impl Builder<'_> {
         self.load_classes();
         let usage = usage(instruction);
         if is_faulting(instruction) {
-            self.save_flags();
+            self.free_flags_before_fault(usage);
         }
         if matches!(usage, Use::Needs { .. }) {
             self.restore_flags();
@@ -653,6 +750,29 @@ impl Builder<'_> {
         }
         self.asm.bind(resume);
         self.note_flags(usage);
+    }
+
+    /// What an instruction's execution means for the recipe.
+    fn note_effects(&mut self, instruction: &Instruction, class: Class) {
+        let effects = self.effects[self.current];
+        match class {
+            Class::Nothing | Class::JumpIf => {}
+            Class::Interpret => self.recipe = None,
+            Class::Plain | Class::Memory(_) if effects.flags != Use::None => {
+                if effects.flags == Use::Replaces {
+                    self.recipe = Recipe::of(instruction);
+                } else if !matches!(effects.flags, Use::Needs { changes: false }) {
+                    self.recipe = None;
+                } else if self.recipe.is_some_and(|recipe| recipe.reads & effects.written != 0) {
+                    self.recipe = None;
+                }
+            }
+            _ if self.recipe.is_some_and(|recipe| recipe.reads & effects.written != 0) => {
+                debug_assert!(self.flags != Place::Repeat, "the flags are lost");
+                self.recipe = None;
+            }
+            _ => {}
+        }
     }
 
     /// What an instruction's execution means for the place of the flags.

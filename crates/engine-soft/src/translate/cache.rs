@@ -265,7 +265,7 @@ impl Cache {
         let entry = match record.flags {
             Place::Host => target.entry_host,
             Place::Memory => target.entry_memory,
-            Place::Both => target.entry_both,
+            Place::Both | Place::Repeat => target.entry_both,
         };
         target.incoming.push(link);
         if let Some(guard) = record.guard {

@@ -34,9 +34,12 @@ impl Builder<'_> {
         if Self::is_near(offset) {
             if offset <= i64::from(self.offset) {
                 // Every loop has to notice when something is wanted of the vCPU.
-                self.save_flags();
+                self.free_flags();
                 let exit = self.exit(offset);
                 self.check_attention(exit);
+            }
+            if self.flags == Place::Repeat {
+                self.restore_flags();
             }
             self.link(offset, |asm, label| asm.jmp(label));
         } else {
@@ -49,8 +52,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Jcc.
-    pub fn jump_if(&mut self, instruction: &Instruction) {
+    /// Jcc; behind the last instruction of a block also the way on.
+    pub fn jump_if(&mut self, instruction: &Instruction, last: bool) {
         self.restore_flags();
         let condition = instruction.condition_code() as u8 - 1;
         let target = instruction.near_branch_target() as i64;
@@ -65,7 +68,9 @@ impl Builder<'_> {
             self.flags = flags;
             self.asm.bind(fall_through);
         }
-        self.go_to(next);
+        if last {
+            self.go_to(next);
+        }
     }
 
     /// CALL with a relative target.

@@ -293,6 +293,7 @@ impl Cpu {
     }
 
     fn enter_one(&mut self, variant: Variant, way: usize) -> R<()> {
+        self.notice_code_changes();
         let whole = self.find_block()?;
         // SAFETY: the block is alive until the cache is changed, which only this thread does.
         let one = Arc::new(unsafe { &*whole }.first_instruction());

@@ -116,8 +116,8 @@ impl Builder<'_> {
         }
     }
 
-    /// Looks an address up; afterwards [`T0`] plus [`T1`] is the operand's host address. The guest's flags have to be in
-    /// memory; the host's are lost. `resume` follows the instruction.
+    /// Looks an address up; afterwards [`T0`] plus [`T1`] is the operand's host address. The host's flags are lost and have
+    /// to be free for that. `resume` follows the instruction.
     pub fn lookup(&mut self, operand: Operand<'_>, len: u8, write: bool, resume: Option<Label>) {
         self.clobber_flags();
         let retry = self.asm.label();
@@ -163,7 +163,11 @@ impl Builder<'_> {
         let write = memory != MemoryUse::Read;
         let (_, bytes) = classify::memory_use_of(instruction);
         let resume = self.asm.label();
-        self.save_flags();
+        if is_faulting(instruction) {
+            self.free_flags_before_fault(usage);
+        } else {
+            self.free_flags();
+        }
         self.lookup(Operand::Of(instruction), bytes as u8, write, Some(resume));
 
         let mut found = *instruction;
@@ -208,7 +212,7 @@ impl Builder<'_> {
     /// PUSH.
     pub fn push(&mut self, instruction: &Instruction) {
         let resume = self.asm.label();
-        self.save_flags();
+        self.free_flags();
         let from_memory = instruction.op0_kind() == OpKind::Memory;
         if from_memory {
             self.lookup(Operand::Of(instruction), 8, false, Some(resume));
@@ -243,7 +247,7 @@ impl Builder<'_> {
     /// POP to a register.
     pub fn pop(&mut self, instruction: &Instruction) {
         let resume = self.asm.label();
-        self.save_flags();
+        self.free_flags();
         self.lookup(Operand::Stack(0), 8, false, Some(resume));
         let number = instruction.op0_register().number();
         match home(number) {
@@ -262,7 +266,7 @@ impl Builder<'_> {
     /// LEAVE.
     pub fn leave(&mut self) {
         let resume = self.asm.label();
-        self.save_flags();
+        self.free_flags();
         // The frame that RBP points to, as an operand like any other.
         self.clobber_flags();
         self.lookup_frame(resume);
