@@ -91,6 +91,8 @@ pub(super) struct Builder<'a> {
     pub encoder: &'a mut Encoder,
     info: &'a mut InstructionInfoFactory,
     pub variant: Variant,
+    /// Bytes of an address and of what is pushed: 8 or 4.
+    pub word: u8,
     pub routines: Routines,
     block: &'a Block,
     cold: Vec<Cold>,
@@ -136,6 +138,7 @@ pub fn translate(
         encoder,
         info,
         variant,
+        word: variant.code_bits() as u8 / 8,
         routines: cache.routines(kind),
         block,
         cold: Vec::new(),
@@ -215,17 +218,17 @@ impl Builder<'_> {
         if instruction.is_invalid() || op.class & self.variant.disabled() != 0 {
             return Class::Interpret;
         }
-        let near64 = |kind| kind == OpKind::NearBranch64;
-        let wide = |register: Register| register.size() == 8;
+        let near = |kind| kind == if self.word == 8 { OpKind::NearBranch64 } else { OpKind::NearBranch32 };
+        let wide = |register: Register| register.is_gpr() && register.size() == usize::from(self.word);
         match instruction.flow_control() {
             FlowControl::Next => {}
-            FlowControl::UnconditionalBranch if near64(instruction.op0_kind()) => return Class::Jump,
+            FlowControl::UnconditionalBranch if near(instruction.op0_kind()) => return Class::Jump,
             FlowControl::ConditionalBranch
-                if instruction.is_jcc_short_or_near() && near64(instruction.op0_kind()) =>
+                if instruction.is_jcc_short_or_near() && near(instruction.op0_kind()) =>
             {
                 return Class::JumpIf;
             }
-            FlowControl::Call if near64(instruction.op0_kind()) => return Class::Call,
+            FlowControl::Call if near(instruction.op0_kind()) => return Class::Call,
             FlowControl::IndirectBranch | FlowControl::IndirectCall => {
                 let fits = match instruction.op0_kind() {
                     OpKind::Register => wide(instruction.op0_register()),
@@ -239,7 +242,12 @@ impl Builder<'_> {
                     _ => Class::Interpret,
                 };
             }
-            FlowControl::Return if matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16) => {
+            FlowControl::Return
+                if match self.word {
+                    8 => matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16),
+                    _ => matches!(instruction.code(), Code::Retnd | Code::Retnd_imm16),
+                } =>
+            {
                 return Class::Return;
             }
             _ => return Class::Interpret,
@@ -249,11 +257,15 @@ impl Builder<'_> {
             | Prefetchnta | Prefetchw | Prefetch | Prefetchwt1 => return Class::Nothing,
             // On some processors undefined.
             Reservednop => return Class::Interpret,
+            // In 32-bit code there are only eight registers to be cleared.
+            Vzeroupper | Vzeroall if self.word == 4 => return Class::Interpret,
             Push => return self.classify_push(instruction),
             Pop if instruction.op0_kind() == OpKind::Register && wide(instruction.op0_register()) => {
                 return Class::Pop;
             }
-            Leave if instruction.code() == Code::Leaveq => return Class::Leave,
+            Leave if instruction.code() == if self.word == 8 { Code::Leaveq } else { Code::Leaved } => {
+                return Class::Leave;
+            }
             Pause => return Class::Plain,
             _ => {}
         }
@@ -297,12 +309,10 @@ impl Builder<'_> {
 
     fn classify_push(&self, instruction: &Instruction) -> Class {
         let fits = match instruction.op0_kind() {
-            OpKind::Register => instruction.op0_register().is_gpr64(),
-            OpKind::Memory => {
-                instruction.memory_size() == MemorySize::UInt64 && self.can_address(instruction)
-            }
-            _ => instruction.stack_pointer_increment() == -8,
-        };
+            OpKind::Register => instruction.op0_register().is_gpr(),
+            OpKind::Memory => self.can_address(instruction),
+            _ => true,
+        } && instruction.stack_pointer_increment() == -i32::from(self.word);
         if fits { Class::Push } else { Class::Interpret }
     }
 
@@ -664,7 +674,7 @@ impl Builder<'_> {
                 false
             }
             Class::Jump => {
-                self.go_to(instruction.near_branch_target() as i64);
+                self.go_to(self.target_of(instruction));
                 true
             }
             Class::JumpIf => {
@@ -759,11 +769,10 @@ impl Builder<'_> {
             Class::Nothing | Class::JumpIf => {}
             Class::Interpret => self.recipe = None,
             Class::Plain | Class::Memory(_) if effects.flags != Use::None => {
+                let overwrites = |recipe: Recipe| recipe.reads & effects.written != 0;
                 if effects.flags == Use::Replaces {
                     self.recipe = Recipe::of(instruction);
-                } else if !matches!(effects.flags, Use::Needs { changes: false }) {
-                    self.recipe = None;
-                } else if self.recipe.is_some_and(|recipe| recipe.reads & effects.written != 0) {
+                } else if effects.flags != (Use::Needs { changes: false }) || self.recipe.is_some_and(overwrites) {
                     self.recipe = None;
                 }
             }
@@ -864,11 +873,22 @@ impl Builder<'_> {
         self.asm.jcc(cond::NE, otherwise);
     }
 
+    /// Width of an address and of what is pushed.
+    pub fn wide(&self) -> Width {
+        if self.word == 8 { Width::W64 } else { Width::W32 }
+    }
+
+    /// Where a direct branch leads, relative to the page.
+    pub fn target_of(&self, instruction: &Instruction) -> i64 {
+        let target = instruction.near_branch_target();
+        if self.word == 8 { target as i64 } else { i64::from(target as u32 as i32) }
+    }
+
     /// RIP at an offset of the page.
     pub fn load_rip(&mut self, to: Reg, offset: i64) {
         self.asm.load(Width::W64, to, Rm::Area(run_offset!(page)));
         if offset != 0 {
-            self.asm.lea(Width::W64, to, Address::base(to, offset as i32));
+            self.asm.lea(self.wide(), to, Address::base(to, offset as i32));
         }
     }
 

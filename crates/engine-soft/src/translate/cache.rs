@@ -14,26 +14,40 @@ use crate::translate::asm::Asm;
 use crate::translate::flags::Place;
 use crate::translate::runtime::{self, Kind, Routines, SlowPath};
 
-/// What besides the guest-physical address decides about a block's translation, packed: privilege, code size, disabled
-/// instruction classes.
+/// What besides the guest-physical address decides about a block's translation, packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Variant(u16);
+pub struct Variant(u32);
+
+/// The parts of a [`Variant`].
+#[derive(Clone, Copy, Debug)]
+pub struct VariantParts {
+    /// With which rights data are accessed.
+    pub privilege: Privilege,
+    /// 32 or 64.
+    pub code_bits: u8,
+    /// Bits of [`crate::cpu::class`] that are disabled.
+    pub disabled: u8,
+    /// No x87 exception is unmasked or pending.
+    pub x87: bool,
+    /// Segments (a bit each) through which memory is accessed without a check.
+    pub segments: u8,
+}
 
 impl Variant {
-    /// Packs the parts; `code_bits` is 32 or 64, `x87` whether x87 instructions may be executed by the host.
-    pub fn new(privilege: Privilege, code_bits: u8, disabled: u8, x87: bool) -> Self {
-        let parts = privilege as u16 | u16::from(code_bits == 32) << 2 | u16::from(disabled) << 3;
-        Variant(parts | u16::from(x87) << 11)
-    }
-
-    /// No x87 exception is unmasked or pending.
-    pub fn has_x87(self) -> bool {
-        self.0 >> 11 & 1 != 0
+    /// Packs the parts.
+    pub fn new(parts: VariantParts) -> Self {
+        Variant(
+            parts.privilege as u32
+                | u32::from(parts.code_bits == 32) << 2
+                | u32::from(parts.x87) << 3
+                | u32::from(parts.disabled) << 8
+                | u32::from(parts.segments) << 16,
+        )
     }
 
     /// With which rights data are accessed.
     pub fn privilege(self) -> Privilege {
-        PRIVILEGES[usize::from(self.0 & 3)]
+        PRIVILEGES[(self.0 & 3) as usize]
     }
 
     /// Which of the shared routines it uses.
@@ -46,9 +60,19 @@ impl Variant {
         if self.0 & 4 != 0 { 32 } else { 64 }
     }
 
+    /// No x87 exception is unmasked or pending.
+    pub fn has_x87(self) -> bool {
+        self.0 & 8 != 0
+    }
+
     /// Bits of [`crate::cpu::class`] that are disabled.
     pub fn disabled(self) -> u8 {
-        (self.0 >> 3 & 0xff) as u8
+        (self.0 >> 8 & 0xff) as u8
+    }
+
+    /// Whether memory is accessed through a segment without a check.
+    pub fn is_unchecked(self, segment: u8) -> bool {
+        self.0 >> (16 + segment) & 1 != 0
     }
 }
 
@@ -251,11 +275,24 @@ impl Cache {
             entry_both: new.entry_both,
             incoming: Vec::new(),
         });
-        self.by_address.insert((gpa, variant), number);
+        if let Some(old) = self.by_address.insert((gpa, variant), number) {
+            // Its code was not right any more.
+            self.forget(old);
+        }
         for page in std::iter::once(gpa >> 12).chain(second_page) {
             self.by_page.entry(page).or_default().push(number);
         }
         Some(number)
+    }
+
+    /// A unit that will not be entered again.
+    fn forget(&mut self, number: u32) {
+        let block = &self.units[number as usize].block;
+        for page in std::iter::once(block.gpa() >> 12).chain(block.second.as_ref().map(|s| s.gpa >> 12)) {
+            if let Some(numbers) = self.by_page.get_mut(&page) {
+                numbers.retain(|other| *other != number);
+            }
+        }
     }
 
     /// Makes a branch lead straight to a unit, as long as `epoch` lasts if it is one into another page.

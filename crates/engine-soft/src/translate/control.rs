@@ -56,7 +56,7 @@ impl Builder<'_> {
     pub fn jump_if(&mut self, instruction: &Instruction, last: bool) {
         self.restore_flags();
         let condition = instruction.condition_code() as u8 - 1;
-        let target = instruction.near_branch_target() as i64;
+        let target = self.target_of(instruction);
         let next = instruction.next_ip() as i64;
         if Self::is_near(target) && target > i64::from(self.offset) {
             self.link(target, |asm, label| asm.jcc(condition, label));
@@ -76,7 +76,7 @@ impl Builder<'_> {
     /// CALL with a relative target.
     pub fn call(&mut self, instruction: &Instruction) {
         self.save_flags();
-        let target = instruction.near_branch_target() as i64;
+        let target = self.target_of(instruction);
         if target <= i64::from(self.offset) {
             // Calls alone can make a loop too.
             let exit = self.exit(i64::from(self.offset));
@@ -94,12 +94,12 @@ impl Builder<'_> {
     /// The return address to the guest's stack, and, as the first of a pair, to that of translated code. The second is what
     /// the host's CALL pushes.
     fn push_return_address(&mut self, instruction: &Instruction) {
-        self.lookup(Operand::Stack(-8), 8, true, None);
+        self.lookup(Operand::Stack(-(self.word as i8)), self.word, true, None);
         self.asm.lea(Width::W64, T0, Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 });
         self.load_rip(T1, instruction.next_ip() as i64);
         self.push_shadow(T1);
-        self.asm.store(Width::W64, Rm::Memory(Address::base(T0, 0)), T1);
-        self.move_stack(-8);
+        self.asm.store(self.wide(), Rm::Memory(Address::base(T0, 0)), T1);
+        self.move_stack(-i32::from(self.word));
     }
 
     /// Where a RET comes back to, with the return address in [`T0`].
@@ -126,10 +126,15 @@ impl Builder<'_> {
     pub fn indirect(&mut self, instruction: &Instruction, is_call: bool) {
         self.save_flags();
         match instruction.op0_kind() {
-            OpKind::Register => self.load_guest(T0, instruction.op0_register().number()),
+            OpKind::Register => {
+                self.load_guest(T0, instruction.op0_register().full_register().number());
+                if self.word == 4 {
+                    self.asm.load(Width::W32, T0, Rm::Reg(T0));
+                }
+            }
             _ => {
-                self.lookup(Operand::Of(instruction), 8, false, None);
-                Self::load_found(&mut self.asm, T0);
+                self.lookup(Operand::Of(instruction), self.word, false, None);
+                self.load_found(T0);
             }
         }
         // An unknown target may be one that faults, before anything is pushed: the interpreter's case.
@@ -152,20 +157,20 @@ impl Builder<'_> {
     /// RET.
     pub fn ret(&mut self, instruction: &Instruction) {
         self.save_flags();
-        self.lookup(Operand::Stack(0), 8, false, None);
-        Self::load_found(&mut self.asm, T0);
+        self.lookup(Operand::Stack(0), self.word, false, None);
+        self.load_found(T0);
         let arguments = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
         let not_paired = self.asm.label();
         self.asm.alu(Alu::Cmp, Width::W64, T0, Rm::Memory(Address::base(Reg::RSP, 8)));
         self.asm.jcc(cond::NE, not_paired);
-        self.move_stack(8 + arguments);
+        self.move_stack(i32::from(self.word) + arguments);
         self.asm.ret();
         // Not the return of the last call: what is on the stack will not be returned to either.
         self.asm.bind(not_paired);
         self.asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
         let unknown = self.site(SitePurpose::Interpret, None);
         self.find_target(unknown);
-        self.move_stack(8 + arguments);
+        self.move_stack(i32::from(self.word) + arguments);
         self.jump_to_found_target();
     }
 

@@ -8,11 +8,11 @@ use iced_x86::{Encoder, InstructionInfoFactory};
 use x86::Exception;
 
 use super::block::{is_supported, translate};
-use super::cache::{AddressSource, Cache, Purpose, Site, Unit, Variant};
+use super::cache::{AddressSource, Cache, Purpose, Site, Unit, Variant, VariantParts};
 use super::runtime::Kind;
 use super::targets::Pages;
 use crate::area::NO_LINK;
-use crate::cpu::{Cpu, Mode, R, Raised, gpr};
+use crate::cpu::{Cpu, Mode, R, Raised, gpr, seg};
 use crate::interp::block::Block;
 use crate::interp::op::Flow;
 use crate::mmu::{Access, Place};
@@ -119,7 +119,12 @@ impl Cpu {
     /// What a translation for the present state has to be; `None` if it has to be interpreted.
     #[inline]
     pub fn variant(&self) -> Option<Variant> {
-        if self.mode != Mode::Long || self.alignment_check || self.watchpoints {
+        let segments = match self.mode {
+            Mode::Long => u8::MAX,
+            Mode::Compatibility | Mode::Protected if self.is_flat_32_bit() => self.unchecked_segments,
+            _ => return None,
+        };
+        if self.alignment_check || self.watchpoints {
             return None;
         }
         // An unmasked exception needs the interpreter, which knows what to do when the host raises it.
@@ -128,7 +133,24 @@ impl Cpu {
         }
         let x87 = &self.user.x87.0;
         let quiet = x87[0] & X87_ALL_MASKED == X87_ALL_MASKED && x87[2] & X87_SUMMARY == 0;
-        Some(Variant::new(self.privilege, self.code_bits, self.disabled, quiet))
+        Some(Variant::new(VariantParts {
+            privilege: self.privilege,
+            code_bits: self.code_bits,
+            disabled: self.disabled,
+            x87: quiet,
+            segments,
+        }))
+    }
+
+    /// 32-bit code whose code, data and stack segments are all of the linear address space.
+    fn is_flat_32_bit(&self) -> bool {
+        const FLAT: u8 = 1 << seg::ES | 1 << seg::SS | 1 << seg::DS;
+        let bases = &self.user.segment_base;
+        self.code_bits == 32
+            && self.stack_mask == 0xffff_ffff
+            && self.unchecked_segments & FLAT == FLAT
+            && self.segments[seg::CS].limit == u32::MAX
+            && bases[seg::ES] | bases[seg::CS] | bases[seg::SS] | bases[seg::DS] == 0
     }
 
     /// Of an x87 instruction in translated code the host's processor knows the host's address, and some keep it: the guest sees
@@ -383,6 +405,9 @@ impl Cpu {
             enter(code);
         }
         self.hide_x87_addresses();
+        if self.code_bits == 32 {
+            self.user.rip &= 0xffff_ffff;
+        }
         let (link, rip) = (self.user.run().link, self.user.rip);
         let Some(translator) = &mut self.translator else { return Ok(()) };
         let clears = translator.cache.clears();
@@ -404,9 +429,9 @@ impl Cpu {
             };
             let segment = match address {
                 AddressSource::Operand => usize::from(op.segment),
-                AddressSource::Stack(_) => crate::cpu::seg::SS,
+                AddressSource::Stack(_) => seg::SS,
             };
-            let linear = self.user.segment_base[segment].wrapping_add(offset);
+            let linear = self.wrap_linear(self.user.segment_base[segment].wrapping_add(offset));
             let aligned = linear & (u64::from(alignment) - 1) == 0;
             if aligned && self.now_in_tlb(linear, len, write) {
                 // A page that another vCPU wrote is no longer watched: before this one may write to it as to any other, it

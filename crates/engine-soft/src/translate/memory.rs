@@ -2,15 +2,16 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
 
-use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
+use super::asm::{Address, Alu, Label, Reg, Rm, Width, cond};
 use super::block::{Builder, SitePurpose, is_faulting};
 use super::cache::AddressSource;
 use super::flags::{Use, usage};
 use super::registers::{GUEST_RSP, T0, T1, home};
 use crate::area::{Layout, gpr_offset, run_offset, user_offset};
 use crate::cpu::{gpr, seg};
+use crate::interp::decode;
 use crate::native::MemoryUse;
 use crate::native::classify;
 use crate::tlb::{INDEX_BITS, Table};
@@ -43,6 +44,13 @@ impl Builder<'_> {
     pub fn can_address(&self, instruction: &Instruction) -> bool {
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         let fits = |r: Register| r == Register::None || r.is_gpr64() || r.is_gpr32();
+        if self.word == 4 {
+            let segment = decode::segment_number(instruction.memory_segment());
+            let has_width = base != Register::None || index != Register::None || instruction.memory_displ_size() == 4;
+            if !self.variant.is_unchecked(segment) || !has_width {
+                return false;
+            }
+        }
         if instruction.is_ip_rel_memory_operand() {
             let offset = instruction.ip_rel_memory_address() as i64;
             return base == Register::RIP && i32::try_from(offset).is_ok();
@@ -129,12 +137,12 @@ impl Builder<'_> {
                 if matches!(segment, Register::FS | Register::GS) {
                     let number = if segment == Register::FS { seg::FS } else { seg::GS };
                     let base = user_offset!(segment_base) + 8 * number as i32;
-                    self.asm.alu(Alu::Add, Width::W64, T0, Rm::Area(base));
+                    self.asm.alu(Alu::Add, self.wide(), T0, Rm::Area(base));
                 }
             }
-            Operand::Stack(0) => self.asm.mov(T0, GUEST_RSP),
+            Operand::Stack(0) => self.asm.load(self.wide(), T0, Rm::Reg(GUEST_RSP)),
             Operand::Stack(offset) => {
-                self.asm.lea(Width::W64, T0, Address::base(GUEST_RSP, i32::from(offset)));
+                self.asm.lea(self.wide(), T0, Address::base(GUEST_RSP, i32::from(offset)));
             }
         }
         let alignment = match operand {
@@ -202,9 +210,9 @@ impl Builder<'_> {
         self.note_flags(usage);
     }
 
-    /// Loads eight bytes from a found address.
-    pub fn load_found(asm: &mut Asm, to: Reg) {
-        asm.load(Width::W64, to, Rm::Memory(FOUND));
+    /// Loads an address, or what was pushed, from a found place.
+    pub fn load_found(&mut self, to: Reg) {
+        self.asm.load(self.wide(), to, Rm::Memory(FOUND));
     }
 
     // ---- the stack ------------------------------------------------------------------------------------------------
@@ -215,32 +223,33 @@ impl Builder<'_> {
         self.free_flags();
         let from_memory = instruction.op0_kind() == OpKind::Memory;
         if from_memory {
-            self.lookup(Operand::Of(instruction), 8, false, Some(resume));
-            Self::load_found(&mut self.asm, T0);
+            self.lookup(Operand::Of(instruction), self.word, false, Some(resume));
+            self.load_found(T0);
             self.asm.store(Width::W64, Rm::Area(run_offset!(temporary)), T0);
         }
-        self.lookup(Operand::Stack(-8), 8, true, Some(resume));
+        self.lookup(Operand::Stack(-(self.word as i8)), self.word, true, Some(resume));
+        let wide = self.wide();
         let found = Rm::Memory(FOUND);
         match instruction.op0_kind() {
             OpKind::Register => {
-                let number = instruction.op0_register().number();
+                let number = instruction.op0_register().full_register().number();
                 match home(number) {
-                    Some(host) => self.asm.store(Width::W64, found, host),
+                    Some(host) => self.asm.store(wide, found, host),
                     None => {
                         self.asm.lea(Width::W64, T0, FOUND);
                         self.asm.load(Width::W64, T1, Rm::Area(gpr_offset(number)));
-                        self.asm.store(Width::W64, Rm::Memory(Address::base(T0, 0)), T1);
+                        self.asm.store(wide, Rm::Memory(Address::base(T0, 0)), T1);
                     }
                 }
             }
             OpKind::Memory => {
                 self.asm.lea(Width::W64, T0, FOUND);
                 self.asm.load(Width::W64, T1, Rm::Area(run_offset!(temporary)));
-                self.asm.store(Width::W64, Rm::Memory(Address::base(T0, 0)), T1);
+                self.asm.store(wide, Rm::Memory(Address::base(T0, 0)), T1);
             }
-            _ => self.asm.store_imm(Width::W64, found, instruction.immediate(0) as i32),
+            _ => self.asm.store_imm(wide, found, instruction.immediate(0) as i32),
         }
-        self.move_stack(-8);
+        self.move_stack(-i32::from(self.word));
         self.asm.bind(resume);
     }
 
@@ -248,17 +257,17 @@ impl Builder<'_> {
     pub fn pop(&mut self, instruction: &Instruction) {
         let resume = self.asm.label();
         self.free_flags();
-        self.lookup(Operand::Stack(0), 8, false, Some(resume));
-        let number = instruction.op0_register().number();
+        self.lookup(Operand::Stack(0), self.word, false, Some(resume));
+        let number = instruction.op0_register().full_register().number();
         match home(number) {
-            Some(host) => Self::load_found(&mut self.asm, host),
+            Some(host) => self.load_found(host),
             None => {
-                Self::load_found(&mut self.asm, T0);
+                self.load_found(T0);
                 self.store_guest(number, T0);
             }
         }
         if number != gpr::RSP {
-            self.move_stack(8);
+            self.move_stack(i32::from(self.word));
         }
         self.asm.bind(resume);
     }
@@ -270,24 +279,24 @@ impl Builder<'_> {
         // The frame that RBP points to, as an operand like any other.
         self.clobber_flags();
         self.lookup_frame(resume);
-        self.asm.lea(Width::W64, GUEST_RSP, Address::base(Reg::RBP, 8));
-        Self::load_found(&mut self.asm, Reg::RBP);
+        self.asm.lea(self.wide(), GUEST_RSP, Address::base(Reg::RBP, i32::from(self.word)));
+        self.load_found(Reg::RBP);
         self.asm.bind(resume);
     }
 
     fn lookup_frame(&mut self, resume: Label) {
-        let frame = Instruction::with2(
-            iced_x86::Code::Mov_r64_rm64,
-            Register::RBP,
-            iced_x86::MemoryOperand::with_base(Register::RBP),
-        );
+        let (code, base) = match self.word {
+            8 => (Code::Mov_r64_rm64, Register::RBP),
+            _ => (Code::Mov_r32_rm32, Register::EBP),
+        };
+        let frame = Instruction::with2(code, base, MemoryOperand::with_base(base));
         if let Ok(frame) = frame {
-            self.lookup(Operand::Of(&frame), 8, false, Some(resume));
+            self.lookup(Operand::Of(&frame), self.word, false, Some(resume));
         }
     }
 
     /// Adds to RSP without touching flags.
     pub fn move_stack(&mut self, by: i32) {
-        self.asm.lea(Width::W64, GUEST_RSP, Address::base(GUEST_RSP, by));
+        self.asm.lea(self.wide(), GUEST_RSP, Address::base(GUEST_RSP, by));
     }
 }

@@ -432,6 +432,11 @@ fn translator_64_bit() {
 }
 
 #[test]
+fn translator_32_bit() {
+    check(32, &mut interpreter::InterpreterSubject::translating(32));
+}
+
+#[test]
 fn interpreter_32_bit() {
     check(32, &mut interpreter::InterpreterSubject::new(32));
 }

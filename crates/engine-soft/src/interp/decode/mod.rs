@@ -169,7 +169,7 @@ fn register_number(register: Register) -> u8 {
 }
 
 /// Number of a segment register.
-fn segment_number(register: Register) -> u8 {
+pub(crate) fn segment_number(register: Register) -> u8 {
     match register {
         Register::ES => seg::ES as u8,
         Register::CS => seg::CS as u8,
