@@ -2,6 +2,7 @@
 //! program. Its memory and registers are compared with those of another one.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -11,9 +12,9 @@ use engine_soft::vm::SoftVm;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vm_memory::{Bytes, MemoryRegionAddress};
-use x86::Segment;
 use x86::bits::{cr0, cr4, efer, rflags};
 use x86::paging::pte;
+use x86::{Segment, Vector};
 
 use super::state::{DATA, DATA_BYTES, GS_BASE, PAGE, READ_ONLY, WRITABLE};
 
@@ -52,8 +53,23 @@ const RECORD_SHIFT: u32 = 10;
 const MAX_RECORDS: u32 = 64;
 /// Words in a record: R15 … RAX, vector, error code, RIP, CS, RFLAGS, RSP, SS, then CR2, then an FXSAVE image at 256.
 const RECORD_WORDS: usize = 22;
+/// Stacks and variables of interrupts; nothing here is compared.
+const INTERRUPTS: u64 = KERNEL + 0x1_c000;
+const INTERRUPT_STACK: u64 = INTERRUPTS + 0x1000;
+const NMI_STACK: u64 = INTERRUPTS + 0x2000;
+/// Interrupts and NMIs so far.
+pub const INTERRUPTED: u64 = INTERRUPTS + 0x3000;
+/// Those that were not taken between two instructions or with interrupts disabled, and the last one's RIP.
+pub const WRONG: u64 = INTERRUPTS + 0x3008;
+/// Where the handlers of interrupts are.
+const INTERRUPT_HANDLERS: u64 = HANDLERS + 0x800;
+/// The vector of interrupts.
+pub const INTERRUPT_VECTOR: u8 = 0x40;
 /// The vector that ends a program.
 pub const END_VECTOR: u8 = 0x80;
+
+/// The EOI register of an x2APIC (SDM 3A table 10-6).
+const X2APIC_EOI: u32 = 0x80b;
 
 /// What a program runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +128,13 @@ impl Image {
         self.set_word(table + (linear >> 12 & 0x1ff) * 8, gpa | pte::P | rights);
     }
 
+    fn gate(&mut self, vector: u8, at: u64, attributes: u64, stack_number: u64) {
+        let low =
+            at & 0xffff | 0x08 << 16 | stack_number << 32 | attributes << 40 | (at >> 16 & 0xffff) << 48;
+        self.kernel(IDT + 16 * u64::from(vector), &low.to_le_bytes());
+        self.kernel(IDT + 16 * u64::from(vector) + 8, &(at >> 32).to_le_bytes());
+    }
+
     fn kernel(&mut self, linear: u64, bytes: &[u8]) {
         self.put(linear - KERNEL + KERNEL_GPA, bytes);
     }
@@ -160,11 +183,18 @@ impl Image {
         image.kernel(DEFAULT_MXCSR, &0x1f80u32.to_le_bytes());
         image.kernel(HANDLERS, &handlers().expect("the handlers"));
         for vector in (0..32).chain([END_VECTOR]) {
-            let (at, user) = (stub(vector), matches!(vector, 3 | 4 | END_VECTOR));
-            let attributes = if user { 0xee } else { 0x8e };
-            let low = at & 0xffff | 0x08 << 16 | 1 << 32 | attributes << 40 | (at >> 16 & 0xffff) << 48;
-            image.kernel(IDT + 16 * u64::from(vector), &low.to_le_bytes());
-            image.kernel(IDT + 16 * u64::from(vector) + 8, &(at >> 32).to_le_bytes());
+            let attributes = if matches!(vector, 3 | 4 | END_VECTOR) { 0xee } else { 0x8e };
+            image.gate(vector, stub(vector), attributes, 1);
+        }
+        let mut at = INTERRUPT_HANDLERS;
+        for (vector, stack, stack_number) in
+            [(INTERRUPT_VECTOR, INTERRUPT_STACK, 2), (Vector::Nmi as u8, NMI_STACK, 3)]
+        {
+            image.kernel(TSS + 28 + 8 * stack_number, &stack.to_le_bytes());
+            image.gate(vector, at, 0x8e, stack_number);
+            let code = interrupt_handler(at, vector == INTERRUPT_VECTOR).expect("a handler");
+            image.kernel(at, &code);
+            at += code.len() as u64;
         }
         image
     }
@@ -247,39 +277,88 @@ fn handlers() -> Result<Vec<u8>, IcedError> {
     a.iretq()?;
     a.set_label(&mut end)?;
     a.cli()?;
+    // An NMI may still come.
+    let mut sleep = a.create_label();
+    a.set_label(&mut sleep)?;
     a.hlt()?;
+    a.jmp(sleep)?;
     code.extend(a.assemble(HANDLERS + STUB_BYTES as u64)?);
-    assert!(code.len() < 0x1000);
+    assert!(code.len() < (INTERRUPT_HANDLERS - HANDLERS) as usize);
     Ok(code)
+}
+
+/// Counts, looks at the frame, and returns.
+fn interrupt_handler(at: u64, maskable: bool) -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let (mut fine, mut wrong) = (a.create_label(), a.create_label());
+    a.push(rax)?;
+    a.push(rcx)?;
+    a.push(rdx)?;
+    a.inc(qword_ptr(INTERRUPTED))?;
+    if maskable {
+        a.test(dword_ptr(rsp + 5 * 8), rflags::IF as u32)?;
+        a.je(wrong)?;
+    }
+    // In the program's code, RIP has to be at an instruction.
+    a.mov(rax, qword_ptr(rsp + 3 * 8))?;
+    a.mov(rcx, CODE)?;
+    a.sub(rax, rcx)?;
+    a.cmp(rax, CODE_BYTES as i32)?;
+    a.jae(fine)?;
+    a.movzx(ecx, word_ptr(rax * 2 + NEXT))?;
+    a.test(ecx, ecx)?;
+    a.jne(fine)?;
+    a.set_label(&mut wrong)?;
+    a.inc(qword_ptr(WRONG))?;
+    a.mov(rax, qword_ptr(rsp + 3 * 8))?;
+    a.mov(qword_ptr(WRONG + 8), rax)?;
+    a.set_label(&mut fine)?;
+    if maskable {
+        a.mov(ecx, X2APIC_EOI)?;
+        a.xor(eax, eax)?;
+        a.xor(edx, edx)?;
+        a.wrmsr()?;
+    }
+    a.pop(rdx)?;
+    a.pop(rcx)?;
+    a.pop(rax)?;
+    a.iretq()?;
+    a.assemble(at)
 }
 
 fn flat(selector: u16, attributes: u16) -> Segment {
     Segment { selector, attributes, limit: u32::MAX, base: 0, unusable: false }
 }
 
-/// Stops processors that do not stop by themselves, so that a test fails rather than hangs.
-struct Watchdog {
+/// Stops a processor that does not stop by itself, so that a test fails rather than hangs.
+pub struct Watchdog {
     running: Sender<bool>,
+    expired: Arc<AtomicBool>,
 }
 
 impl Watchdog {
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     fn new(kick: Arc<dyn Kick>) -> Watchdog {
         let (running, receiver) = channel();
+        let expired = Arc::new(AtomicBool::new(false));
+        let told = expired.clone();
         // It ends when the sender is gone.
         std::thread::spawn(move || {
             let mut running = false;
             loop {
                 match receiver.recv_timeout(Self::PATIENCE) {
                     Ok(starts) => running = starts,
-                    Err(RecvTimeoutError::Timeout) if running => kick.kick(),
+                    Err(RecvTimeoutError::Timeout) if running => {
+                        told.store(true, Ordering::Relaxed);
+                        kick.kick();
+                    }
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
             }
         });
-        Watchdog { running }
+        Watchdog { running, expired }
     }
 
     fn watch(&self, running: bool) {
@@ -288,12 +367,24 @@ impl Watchdog {
     }
 }
 
+/// Runs until the program ends, however often it is kicked.
+pub fn run_to_end(vcpu: &mut SoftVcpu, watchdog: &Watchdog) -> Exit {
+    watchdog.watch(true);
+    loop {
+        let exit = vcpu.run().expect("an exit");
+        if exit != Exit::Kicked || watchdog.expired.load(Ordering::Relaxed) {
+            watchdog.watch(false);
+            return exit;
+        }
+    }
+}
+
 /// One of the machines that are compared.
 pub struct Machine {
     pub vcpu: SoftVcpu,
     region: Arc<GuestRegion>,
-    watchdog: Watchdog,
-    _vm: SoftVm,
+    pub watchdog: Watchdog,
+    pub vm: SoftVm,
 }
 
 impl Machine {
@@ -304,7 +395,7 @@ impl Machine {
         vm.map_memory(0, region.clone(), true).expect("memory mapped");
         let vcpu = vm.soft_vcpu(0, &engine_soft::cpuid::supported_cpuid()).expect("a processor");
         let watchdog = Watchdog::new(vcpu.kicker());
-        Machine { vcpu, region, watchdog, _vm: vm }
+        Machine { vcpu, region, watchdog, vm }
     }
 
     /// The state in which programs start, with registers still to be filled.
@@ -344,10 +435,7 @@ impl Machine {
     }
 
     pub fn run(&mut self) -> Exit {
-        self.watchdog.watch(true);
-        let exit = self.vcpu.run().expect("an exit");
-        self.watchdog.watch(false);
-        exit
+        run_to_end(&mut self.vcpu, &self.watchdog)
     }
 
     pub fn memory(&self) -> Vec<u8> {
@@ -361,6 +449,19 @@ impl Machine {
 pub fn kernel_word(memory: &[u8], linear: u64) -> u64 {
     let at = (linear - KERNEL + KERNEL_GPA) as usize;
     u64::from_le_bytes(memory[at..][..8].try_into().expect("eight bytes"))
+}
+
+/// Clears what interrupts leave behind: their own stacks and variables, and which pages were accessed and written.
+pub fn forget_interrupts(memory: &mut [u8]) {
+    memory[(INTERRUPTS - KERNEL + KERNEL_GPA) as usize..CODE_GPA as usize].fill(0);
+    for entry in memory[..KERNEL_GPA as usize].chunks_mut(8) {
+        entry[0] &= !(pte::A | pte::D) as u8;
+    }
+}
+
+/// How many turns a program had left.
+pub fn turns_left(memory: &[u8]) -> i32 {
+    i32::from_le_bytes(memory[COUNTER_GPA as usize..][..4].try_into().expect("four bytes"))
 }
 
 /// Whether a place in RAM is in a page table.

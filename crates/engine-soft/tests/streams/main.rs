@@ -13,6 +13,7 @@ mod generate;
 #[allow(dead_code)]
 #[path = "../differential/inputs.rs"]
 mod inputs;
+mod interrupts;
 mod machine;
 mod program;
 #[allow(dead_code)]
@@ -40,6 +41,12 @@ fn setting(name: &str, default: u64) -> u64 {
     }
 }
 
+/// Which instruction forms are left out.
+fn without() -> Vec<String> {
+    let words = std::env::var("STREAMS_WITHOUT").unwrap_or_default();
+    words.split(',').filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
 /// How a program ended on one machine.
 struct Outcome {
     exit: Exit,
@@ -47,17 +54,22 @@ struct Outcome {
     memory: Vec<u8>,
 }
 
-fn run(machine: &mut Machine, template: &Image, program: &Program, seed: u64) -> Outcome {
+/// Puts a program and the state it starts in into a machine.
+fn load(machine: &mut Machine, template: &Image, program: &Program, seed: u64, rflags: u64) {
     let mut image = template.clone();
     let assembled = program.assemble();
     image.set_program(program.at, &assembled.bytes, &assembled.next, program.turns);
     let start = generate::start(program.mode, seed, image.data());
     let mut state = machine.start(program.mode);
     state.regs.gpr = start.gpr;
-    state.regs.rflags = start.rflags;
+    state.regs.rflags = start.rflags | rflags;
     state.regs.rip = program.at;
     state.xsave = start.xsave;
     machine.load(&image, &state);
+}
+
+fn run(machine: &mut Machine, template: &Image, program: &Program, seed: u64) -> Outcome {
+    load(machine, template, program, seed, 0);
     let exit = machine.run();
     Outcome { exit, state: machine.vcpu.state().expect("a state"), memory: machine.memory() }
 }
@@ -165,10 +177,7 @@ fn explain(template: &Image, program: &Program, seed: u64, first: &[String]) -> 
 
 fn check(bits: u32, cpl: u16) {
     let mode = Mode { bits, cpl };
-    let without = std::env::var("STREAMS_WITHOUT").unwrap_or_default();
-    let without: Vec<String> =
-        without.split(',').filter(|word| !word.is_empty()).map(str::to_owned).collect();
-    let forms = Forms::new(mode, &without);
+    let forms = Forms::new(mode, &without());
     let template = Image::new();
     let (mut interpreter, mut translator) = (Machine::new("off"), Machine::new("always"));
     let first = setting("STREAMS_SEED", 1);

@@ -109,16 +109,14 @@ impl Program {
             self.at + u64::from(offsets[place])
         };
         let (list, _) = self.instructions(&address);
-        let result = encode(&list);
-        let len = result.code_buffer.len() as u64;
-        let known: Vec<u64> = result
-            .new_instruction_offsets
-            .iter()
-            .filter(|o| **o != u32::MAX)
-            .map(|o| u64::from(*o))
-            .collect();
-        let next = known.iter().zip(known.iter().skip(1).chain([&len])).map(|(a, b)| (*a, *b)).collect();
-        Assembled { bytes: result.code_buffer, next }
+        let bytes = encode(&list).code_buffer;
+        let mut decoder = Decoder::new(self.mode.bits, &bytes, DecoderOptions::NONE);
+        let mut next = Vec::new();
+        while decoder.can_decode() {
+            let instruction = decoder.decode();
+            next.push((instruction.ip(), instruction.next_ip()));
+        }
+        Assembled { bytes, next }
     }
 
     pub fn listing(&self) -> String {
