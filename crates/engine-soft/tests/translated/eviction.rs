@@ -1,0 +1,61 @@
+//! More code than the cache for translations holds.
+
+use std::sync::Arc;
+
+use iced_x86::code_asm::*;
+use x86::paging::pte;
+
+use crate::common::*;
+use crate::world::*;
+
+/// vCPUs that share the cache; only the first is started, and little is left for it.
+const VCPUS: u32 = 32;
+const BLOCKS: u64 = 30_000;
+/// Where the blocks are, and how far from one to the next.
+const FIRST: u64 = 0x20_0000;
+const STRIDE: u64 = 16;
+
+#[test]
+fn more_code_than_fits() {
+    for cpl in [0, 3] {
+        let mut world = World::new(VCPUS, "always", cpl, Arc::new(NoDevices));
+        let state = world.start();
+        for table in 1..4u64 {
+            let large = pte::P | pte::RW | pte::US | pte::PS;
+            world.bench.set64(PD + 8 * table, table << 21 | large);
+        }
+        let mut code = Vec::new();
+        for block in 0..BLOCKS {
+            // ADD RBX, number; a jump to the next block, all the way in the other half, or straight on.
+            let mut bytes = vec![0x48, 0x81, 0xc3];
+            bytes.extend((block as u32).to_le_bytes());
+            bytes.push(0xe9);
+            let to = if block + 1 == BLOCKS { CODE + 0x800 } else { FIRST + (block + 1) * STRIDE };
+            let from = FIRST + block * STRIDE + 12;
+            bytes.extend((to.wrapping_sub(from) as u32).to_le_bytes());
+            bytes.resize(STRIDE as usize, 0xcc);
+            code.extend(bytes);
+        }
+        world.bench.write(FIRST, &code);
+        world.code(CODE, |a| {
+            a.mov(ebp, 3)?;
+            a.xor(ebx, ebx)?;
+            a.jmp(FIRST)
+        });
+        world.code(CODE + 0x800, |a| {
+            let mut done = a.create_label();
+            a.dec(ebp)?;
+            a.je(done)?;
+            a.jmp(FIRST)?;
+            a.set_label(&mut done)?;
+            end(a)
+        });
+        world.run(&state);
+        assert_eq!(world.gpr(3), 3 * (BLOCKS * (BLOCKS - 1) / 2));
+        let translated = world.bench.cpu().counters.blocks_translated;
+        assert!(
+            translated > 2 * BLOCKS,
+            "the cache is too large for this test: {translated} blocks translated"
+        );
+    }
+}
