@@ -80,7 +80,7 @@ fn touches_the_machine(mnemonic: Mnemonic) -> bool {
     matches!(mnemonic, In | Out | Insb | Insw | Insd | Outsb | Outsw | Outsd | Hlt)
 }
 
-/// Whether it gives the same result each time, and does not start single-stepping.
+/// Whether it gives the same result each time; POPF has a way of its own into programs.
 fn is_repeatable(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     !matches!(mnemonic, Rdrand | Rdseed | Popf | Popfd | Popfq)
@@ -572,12 +572,19 @@ impl Generator<'_> {
             }
             8 => self.push_flags(),
             9 => {
-                // POPF with nothing that traps.
-                let flags = self.random.next() as i32 & 0xcd5 | 2;
+                // Sometimes it traps after the next instruction, which leaves no flag undefined.
+                let mut flags = self.random.next() as i32 & 0xcd5 | 2;
+                let step = self.random.percent(25);
+                if step {
+                    flags |= x86::bits::rflags::TF as i32;
+                }
                 let push = self.by_bits(Code::Pushq_imm32, Code::Pushd_imm32);
                 let pop = self.by_bits(Code::Popfq, Code::Popfd);
                 self.items.push(Item::Plain(with(Instruction::with1(push, flags))));
                 self.push(Instruction::with(pop));
+                if step {
+                    self.register_step();
+                }
             }
             10 => {
                 let value = self.random.integer() as i32;

@@ -13,7 +13,7 @@ const VCPUS: u32 = 32;
 const BLOCKS: u64 = 30_000;
 /// Where the blocks are, and how far from one to the next.
 const FIRST: u64 = 0x20_0000;
-const STRIDE: u64 = 16;
+const STRIDE: u64 = 48;
 
 #[test]
 fn more_code_than_fits() {
@@ -26,12 +26,17 @@ fn more_code_than_fits() {
         }
         let mut code = Vec::new();
         for block in 0..BLOCKS {
-            // ADD RBX, number; a jump to the next block, all the way in the other half, or straight on.
+            // ADD RBX, number; the same to two words of memory; a jump to the next block.
             let mut bytes = vec![0x48, 0x81, 0xc3];
             bytes.extend((block as u32).to_le_bytes());
+            for word in [DATA, DATA + 4] {
+                bytes.extend([0x81, 0x04, 0x25]);
+                bytes.extend((word as u32).to_le_bytes());
+                bytes.extend((block as u32).to_le_bytes());
+            }
             bytes.push(0xe9);
             let to = if block + 1 == BLOCKS { CODE + 0x800 } else { FIRST + (block + 1) * STRIDE };
-            let from = FIRST + block * STRIDE + 12;
+            let from = FIRST + block * STRIDE + bytes.len() as u64 + 4;
             bytes.extend((to.wrapping_sub(from) as u32).to_le_bytes());
             bytes.resize(STRIDE as usize, 0xcc);
             code.extend(bytes);
@@ -51,7 +56,11 @@ fn more_code_than_fits() {
             end(a)
         });
         world.run(&state);
-        assert_eq!(world.gpr(3), 3 * (BLOCKS * (BLOCKS - 1) / 2));
+        let sum = 3 * (BLOCKS * (BLOCKS - 1) / 2);
+        assert_eq!(world.gpr(3), sum);
+        for word in [DATA, DATA + 4] {
+            assert_eq!(world.bench.get32(word), sum as u32);
+        }
         let translated = world.bench.cpu().counters.blocks_translated;
         assert!(
             translated > 2 * BLOCKS,
