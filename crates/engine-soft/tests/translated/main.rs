@@ -3,6 +3,7 @@
 //! translator off, on, and eager.
 
 mod boundary;
+mod calls;
 #[path = "../common/mod.rs"]
 mod common;
 mod debug;

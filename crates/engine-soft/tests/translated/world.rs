@@ -74,6 +74,7 @@ impl World {
             bench.set64(GDT + 8 * index as u64, descriptor(0, 0xf_ffff, attributes));
         }
         bench.set64(TSS + 4, HANDLER_STACK);
+        bench.set64(TSS + 36, HANDLER_STACK + 0x800);
         let world = World { bench, cpl, name };
         world.handler(END, |a| {
             let mut sleep = a.create_label();
@@ -87,9 +88,14 @@ impl World {
 
     /// Writes the handler of a vector.
     pub fn handler(&self, vector: u8, code: impl FnOnce(&mut CodeAssembler) -> Assembled) {
+        self.handler_on(vector, 0, code);
+    }
+
+    /// Writes the handler of a vector, which runs on a stack of its own if that has a number.
+    pub fn handler_on(&self, vector: u8, stack: u64, code: impl FnOnce(&mut CodeAssembler) -> Assembled) {
         let at = HANDLERS + 0x100 * u64::from(vector);
         self.bench.assemble(64, at, code);
-        let low = at & 0xffff | 0x08 << 16 | 0xee00 << 32 | (at >> 16 & 0xffff) << 48;
+        let low = at & 0xffff | 0x08 << 16 | stack << 32 | 0xee00 << 32 | (at >> 16 & 0xffff) << 48;
         self.bench.set64(IDT + 16 * u64::from(vector), low);
         self.bench.set64(IDT + 16 * u64::from(vector) + 8, at >> 32);
     }
