@@ -1,14 +1,15 @@
 //! Random programs and the states they start in.
 
 use iced_x86::{
-    Code, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind,
+    Code, Decoder, Encoder, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind,
     Register, RflagsBits,
 };
+use x86::bits::rflags;
 use x86::xsave;
 
 use super::forms::{self, Form};
 use super::inputs::target;
-use super::machine::{CODE, COUNTER, Mode};
+use super::machine::{CODE, COUNTER, FS_BASE, Mode};
 use super::program::{Item, Label, Program, mov};
 use super::state::{GS_BASE, PAGE, WRITABLE};
 use super::values::Random;
@@ -326,6 +327,7 @@ impl Generator<'_> {
                 let code = self.random.pick(&self.forms.x87);
                 self.form(code);
             }
+            70 if self.bits() == 64 => self.segment_base(),
             70..76 => self.register_step(),
             76..80 => self.flags_consumer(),
             _ => self.stack_step(),
@@ -356,11 +358,74 @@ impl Generator<'_> {
         }
         let Some(encoding) = made else { return };
         let instruction = encoding.instruction;
+        let mut instruction = instruction;
+        let explicit = (0..instruction.op_count()).any(|o| instruction.op_kind(o) == OpKind::Memory);
+        if explicit && self.random.percent(8) {
+            instruction.set_segment_prefix(Register::FS);
+        }
         if self.random.percent(85) {
             self.set_up(&instruction, encoding.fixed_index);
         }
+        if self.random.percent(8) && self.prefixed(&instruction) {
+            return;
+        }
         self.push(instruction);
         self.define_flags(&instruction);
+    }
+
+    /// The instruction with prefixes that nobody needs, if it is still the same one then, or none.
+    fn prefixed(&mut self, instruction: &Instruction) -> bool {
+        if instruction.is_ip_rel_memory_operand() {
+            return false;
+        }
+        let bits = self.bits();
+        let mut encoder = Encoder::new(bits);
+        if encoder.encode(instruction, 0).is_err() {
+            return false;
+        }
+        let encoded = encoder.take_buffer();
+        let prefixes = [0x26, 0x2e, 0x36, 0x3e, 0x64, 0x66, 0x67, 0xf0, 0xf2, 0xf3, 0x40, 0x48];
+        let legacy = if bits == 64 { prefixes.len() } else { prefixes.len() - 2 };
+        let mut bytes: Vec<u8> =
+            (0..1 + self.random.below(4)).map(|_| self.random.pick(&prefixes[..legacy])).collect();
+        bytes.extend(encoded);
+        if bytes.len() > 16 {
+            return false;
+        }
+        let decoded = Decoder::new(bits, &bytes, engine_soft::interp::decode::options()).decode();
+        if decoded.is_invalid() || decoded.code() != instruction.code() || decoded.len() != bytes.len() {
+            return false;
+        }
+        self.push(with(Instruction::with_declare_byte(&bytes)));
+        self.define_flags(&decoded);
+        true
+    }
+
+    /// An access through a segment whose base was just changed.
+    fn segment_base(&mut self) {
+        let gs = self.random.percent(50);
+        let (segment, write, usual) = if gs {
+            (Register::GS, Code::Wrgsbase_r64, GS_BASE)
+        } else {
+            (Register::FS, Code::Wrfsbase_r64, FS_BASE)
+        };
+        let base = target(&mut self.random, 64) & !0xfff;
+        let (register, other) = (self.wide(self.random.clone().below(4)), self.any_register());
+        self.move_to(register, base);
+        self.push(with(Instruction::with1(write, register)));
+        let at = self.random.below(0x1000);
+        let memory = MemoryOperand::new(Register::None, Register::None, 1, at as i64, 4, false, segment);
+        let access = match self.random.below(3) {
+            0 => Instruction::with2(Code::Mov_r64_rm64, other, memory),
+            1 => Instruction::with2(Code::Add_rm64_r64, memory, other),
+            _ => Instruction::with1(Code::Push_rm64, memory),
+        };
+        let access = with(access);
+        if access.op0_kind() != OpKind::Register || other.full_register() != Register::RSP {
+            self.push(access);
+        }
+        self.move_to(register, usual);
+        self.push(with(Instruction::with1(write, register)));
     }
 
     fn move_to(&mut self, register: Register, value: u64) {
@@ -413,6 +478,7 @@ impl Generator<'_> {
         }
         let segment = match instruction.memory_segment() {
             Register::GS if bits == 64 => GS_BASE,
+            Register::FS => FS_BASE,
             _ => 0,
         };
         let mut missing = linear.wrapping_sub(segment).wrapping_sub(instruction.memory_displacement64());
@@ -574,9 +640,14 @@ impl Generator<'_> {
             9 => {
                 // Sometimes it traps after the next instruction, which leaves no flag undefined.
                 let mut flags = self.random.next() as i32 & 0xcd5 | 2;
+                for flag in [rflags::AC, rflags::NT, rflags::ID] {
+                    if self.random.percent(15) {
+                        flags |= flag as i32;
+                    }
+                }
                 let step = self.random.percent(25);
                 if step {
-                    flags |= x86::bits::rflags::TF as i32;
+                    flags |= rflags::TF as i32;
                 }
                 let push = self.by_bits(Code::Pushq_imm32, Code::Pushd_imm32);
                 let pop = self.by_bits(Code::Popfq, Code::Popfd);

@@ -32,6 +32,8 @@ pub const CODE: u64 = 0x4567_8000;
 pub const CODE_BYTES: u64 = 3 * PAGE;
 /// Linear address of a writable page: how many turns are left to loops, then places for jump targets.
 pub const COUNTER: u64 = 0x6777_0000;
+/// FS base.
+pub const FS_BASE: u64 = 0x0012_3450;
 /// Linear address of the kernel's memory, out of user mode's reach.
 pub const KERNEL: u64 = 0x6123_0000;
 const KERNEL_BYTES: u64 = 0x2_0000;
@@ -419,6 +421,7 @@ impl Machine {
         for segment in [&mut segments.ss, &mut segments.ds, &mut segments.es, &mut segments.fs] {
             *segment = data;
         }
+        segments.fs.base = FS_BASE;
         segments.gs = Segment { base: if mode.bits == 64 { GS_BASE } else { 0 }, ..data };
         segments.gdt.base = GDT;
         segments.gdt.limit = 0xff;
