@@ -1,8 +1,8 @@
 //! Random programs and the states they start in.
 
 use iced_x86::{
-    Code, Decoder, Encoder, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind,
-    Register, RflagsBits,
+    Code, Decoder, Encoder, FlowControl, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
 };
 use x86::bits::rflags;
 use x86::xsave;

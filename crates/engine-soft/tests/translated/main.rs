@@ -14,4 +14,5 @@ mod remap;
 #[allow(dead_code)]
 #[path = "../differential/values.rs"]
 mod values;
+mod variants;
 mod world;
