@@ -26,7 +26,8 @@ fn more_code_than_fits() {
         }
         let mut code = Vec::new();
         for block in 0..BLOCKS {
-            // ADD RBX, number; the same to two words of memory; a jump to the next block.
+            // ADD RBX, number; the same to two words of memory; a jump to the next
+            // block.
             let mut bytes = vec![0x48, 0x81, 0xc3];
             bytes.extend((block as u32).to_le_bytes());
             for word in [DATA, DATA + 4] {
@@ -34,8 +35,17 @@ fn more_code_than_fits() {
                 bytes.extend((word as u32).to_le_bytes());
                 bytes.extend((block as u32).to_le_bytes());
             }
-            bytes.push(0xe9);
             let to = if block + 1 == BLOCKS { CODE + 0x800 } else { FIRST + (block + 1) * STRIDE };
+            if block % 3 == 0 {
+                // Through RSI.
+                bytes.push(0xbe);
+                bytes.extend((to as u32).to_le_bytes());
+                bytes.extend([0xff, 0xe6]);
+                bytes.resize(STRIDE as usize, 0xcc);
+                code.extend(bytes);
+                continue;
+            }
+            bytes.push(0xe9);
             let from = FIRST + block * STRIDE + bytes.len() as u64 + 4;
             bytes.extend((to.wrapping_sub(from) as u32).to_le_bytes());
             bytes.resize(STRIDE as usize, 0xcc);

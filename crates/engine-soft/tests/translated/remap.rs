@@ -179,7 +179,7 @@ fn switch_spaces(world: &mut World, how: Reach, global: u64, pcid: bool) {
         a.mov(ebp, TURNS)?;
         a.set_label(&mut turn)?;
         for (index, space) in SPACES.into_iter().enumerate() {
-            let keep = if pcid { 1 << 63 | index as u64 + 1 } else { 0 };
+            let keep = if pcid { (1 << 63) | (index as u64 + 1) } else { 0 };
             a.mov(rax, space | keep)?;
             a.mov(cr3, rax)?;
             reach(a, how)?;
@@ -298,5 +298,64 @@ fn a_return_into_a_page_that_changed_meanwhile() {
         });
         world.run(&state);
         assert_eq!(world.gpr(3), sum(TURNS.into()));
+    });
+}
+
+#[test]
+fn a_page_of_code_that_loses_its_rights() {
+    // Code in the window asks the kernel to take a right away from its own page, and is back when the fault has restored it.
+    each(&[3], |world| {
+        const CALL: u8 = 0x81;
+        let nx = pte::NX;
+        for rights in [pte::P | pte::RW | pte::US | nx, pte::P | pte::RW, 0] {
+            world.handler(CALL, |a| {
+                let mut keep = a.create_label();
+                a.push(rax)?;
+                a.inc(r12)?;
+                a.test(r12d, 3)?;
+                a.jne(keep)?;
+                a.mov(rax, WINDOW | rights)?;
+                a.mov(qword_ptr(entry(WINDOW)), rax)?;
+                a.invlpg(ptr(WINDOW))?;
+                a.set_label(&mut keep)?;
+                a.pop(rax)?;
+                a.iretq()
+            });
+            world.handler(14, |a| {
+                a.push(rax)?;
+                a.inc(qword_ptr(NOTES))?;
+                a.mov(rax, qword_ptr(rsp + 16))?;
+                a.mov(qword_ptr(NOTES + 8), rax)?;
+                a.mov(qword_ptr(entry(WINDOW)), (WINDOW | ALL) as i32)?;
+                a.invlpg(ptr(WINDOW))?;
+                a.pop(rax)?;
+                a.add(rsp, 8)?;
+                a.iretq()
+            });
+            let mut state = world.start();
+            world.bench.set64(NOTES, 0);
+            let mut after = 0;
+            world.code(WINDOW, |a| {
+                let mut turn = a.create_label();
+                a.mov(ebp, 4 * TURNS)?; // 5
+                a.set_label(&mut turn)?;
+                a.inc(rbx)?; // 3
+                a.int(i32::from(CALL))?; // 2
+                a.dec(ebp)?;
+                a.jne(turn)?;
+                after = WINDOW + 10;
+                end(a)
+            });
+            state.regs.rip = WINDOW;
+            state.regs.gpr[3] = 0;
+            state.regs.gpr[12] = 0;
+            world.run(&state);
+            assert_eq!(world.gpr(3), u64::from(4 * TURNS));
+            assert_eq!(
+                world.notes(2),
+                [u64::from(TURNS), after],
+                "rights {rights:#x}: faults, RIP of the last"
+            );
+        }
     });
 }
