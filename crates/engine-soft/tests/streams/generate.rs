@@ -329,7 +329,8 @@ impl Generator<'_> {
             }
             70 if self.bits() == 64 => self.segment_base(),
             70..76 => self.register_step(),
-            76..80 => self.flags_consumer(),
+            76..79 => self.flags_consumer(),
+            79..83 => self.flags_across_accesses(),
             _ => self.stack_step(),
         }
     }
@@ -589,6 +590,53 @@ impl Generator<'_> {
         };
         let memory = self.random.percent(30) || format!("{code:?}").starts_with("Lea");
         self.one(code, memory);
+    }
+
+    /// A comparison, then accesses to memory that leave flags alone, and may change what was compared, then what reads flags.
+    fn flags_across_accesses(&mut self) {
+        let mut comparisons = vec![
+            Code::Cmp_r32_rm32,
+            Code::Cmp_rm8_r8,
+            Code::Cmp_rm32_imm8,
+            Code::Cmp_rm16_r16,
+            Code::Test_rm32_r32,
+            Code::Test_rm8_imm8,
+            Code::And_r32_rm32,
+            Code::Sub_r32_rm32,
+            Code::Dec_rm32,
+            Code::Neg_rm32,
+            Code::Add_r8_rm8,
+            Code::Xor_r32_rm32,
+        ];
+        let mut accesses = vec![
+            Code::Mov_r32_rm32,
+            Code::Mov_rm32_r32,
+            Code::Mov_r8_rm8,
+            Code::Mov_rm8_r8,
+            Code::Movzx_r32_rm8,
+            Code::Lea_r32_m,
+            Code::Movups_xmm_xmmm128,
+        ];
+        if self.bits() == 64 {
+            comparisons.extend([Code::Cmp_r64_rm64, Code::Test_rm64_r64, Code::Cmp_rm64_imm32]);
+            accesses.extend([Code::Mov_r64_rm64, Code::Mov_rm64_r64, Code::Mov_rm64_imm32]);
+        }
+        let comparison = self.random.pick(&comparisons);
+        let in_memory = self.random.percent(30);
+        self.one(comparison, in_memory);
+        for _ in 0..1 + self.random.below(3) {
+            if self.random.percent(20) {
+                let register = self.any_register();
+                let code = self.by_bits(Code::Push_r64, Code::Push_r32);
+                self.push(with(Instruction::with1(code, register)));
+            } else {
+                let access = self.random.pick(&accesses);
+                self.one(access, true);
+            }
+        }
+        for _ in 0..1 + self.random.below(2) {
+            self.flags_consumer();
+        }
     }
 
     fn flags_consumer(&mut self) {
