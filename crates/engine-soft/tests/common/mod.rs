@@ -34,7 +34,7 @@ pub const TSS: u64 = 0x8000;
 /// Top of the stack.
 pub const STACK: u64 = 0x20000;
 
-struct NoDevices;
+pub struct NoDevices;
 
 impl IoHandler for NoDevices {
     fn port_read(&self, _: u32, _: u16, data: &mut [u8]) {
@@ -72,8 +72,13 @@ pub fn descriptor(base: u32, limit: u32, attributes: u16) -> u64 {
 impl Bench {
     pub fn new(vcpus: u32) -> Bench {
         let region = engine::memory::create_region("test", 0, RAM).expect("guest memory");
-        let vm =
-            SoftVm::new(VmConfig { vcpus, io: Arc::new(NoDevices), options: Vec::new() }).expect("a machine");
+        Bench::with(vcpus, "on", region, Arc::new(NoDevices))
+    }
+
+    /// With devices, and `soft.translate` as given.
+    pub fn with(vcpus: u32, translate: &str, region: Arc<GuestRegion>, io: Arc<dyn IoHandler>) -> Bench {
+        let options = vec![("translate".to_owned(), translate.to_owned())];
+        let vm = SoftVm::new(VmConfig { vcpus, io, options }).expect("a machine");
         vm.map_memory(0, region.clone(), true).expect("memory mapped");
         let mut cpuid = engine_soft::cpuid::supported_cpuid();
         let vcpus = (0..vcpus)
@@ -91,6 +96,12 @@ impl Bench {
 
     pub fn write(&self, gpa: u64, bytes: &[u8]) {
         self.region.write_slice(bytes, MemoryRegionAddress(gpa)).expect("inside RAM");
+    }
+
+    pub fn bytes(&self, gpa: u64, len: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len as usize];
+        self.region.read_slice(&mut bytes, MemoryRegionAddress(gpa)).expect("inside RAM");
+        bytes
     }
 
     pub fn set64(&self, gpa: u64, value: u64) {
