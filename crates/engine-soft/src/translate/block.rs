@@ -772,7 +772,9 @@ impl Builder<'_> {
                 let overwrites = |recipe: Recipe| recipe.reads & effects.written != 0;
                 if effects.flags == Use::Replaces {
                     self.recipe = Recipe::of(instruction);
-                } else if effects.flags != (Use::Needs { changes: false }) || self.recipe.is_some_and(overwrites) {
+                } else if effects.flags != (Use::Needs { changes: false })
+                    || self.recipe.is_some_and(overwrites)
+                {
                     self.recipe = None;
                 }
             }

@@ -46,7 +46,8 @@ impl Builder<'_> {
         let fits = |r: Register| r == Register::None || r.is_gpr64() || r.is_gpr32();
         if self.word == 4 {
             let segment = decode::segment_number(instruction.memory_segment());
-            let has_width = base != Register::None || index != Register::None || instruction.memory_displ_size() == 4;
+            let has_width =
+                base != Register::None || index != Register::None || instruction.memory_displ_size() == 4;
             if !self.variant.is_unchecked(segment) || !has_width {
                 return false;
             }
