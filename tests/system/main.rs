@@ -4,6 +4,7 @@
 
 mod boot;
 mod control;
+mod load;
 mod memtest;
 mod misuse;
 mod terminal;

@@ -618,6 +618,36 @@ fn a_saved_machine_goes_on_in_another() {
 }
 
 #[test]
+fn a_snapshot_carries_what_was_added_to_the_tsc() {
+    let Some(first) = Machine::new(1) else { return };
+    first.assemble(CODE, |a| {
+        a.mov(ecx, msr::TSC_ADJUST).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.mov(eax, 0x1234_5678).unwrap();
+        a.wrmsr().unwrap();
+        done(a, 1);
+        a.mov(ecx, msr::TSC_ADJUST).unwrap();
+        a.rdmsr().unwrap();
+        a.mov(dx, u32::from(DONE_PORT)).unwrap();
+        a.out(dx, eax).unwrap();
+        a.hlt().unwrap();
+    });
+    let mut vcpu = first.vcpu();
+    if vcpu.state().unwrap().msr(msr::TSC_ADJUST).is_none() {
+        println!("skipped: this KVM has no TSC_ADJUST");
+        return;
+    }
+    assert_eq!(run_to_done(&first, &mut *vcpu), 1);
+    let saved = vcpu.state().unwrap();
+    assert_eq!(saved.msr(msr::TSC_ADJUST), Some(0x1234_5678));
+    let second = Machine::new(1).unwrap();
+    first.copy_memory_to(&second);
+    let mut vcpu = second.vcpu();
+    vcpu.set_state(&saved).unwrap();
+    assert_eq!(run_to_done(&second, &mut *vcpu), 0x1234_5678);
+}
+
+#[test]
 fn a_reset_state_loads() {
     let Some(machine) = Machine::new(2) else { return };
     let mut first = machine.fresh_vcpu(0);

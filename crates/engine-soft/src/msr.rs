@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use x86::bits::{cr0, efer};
 use x86::msr;
 
-use crate::cpu::{Cpu, host_tsc, seg};
+use crate::cpu::{Cpu, seg};
 
 /// Registers that are only stored: PAT, MTRRs, machine check, and the like, with their reset values.
 #[derive(Clone, Debug)]
@@ -28,6 +28,8 @@ pub struct Msrs {
     pub sysenter_eip: u64,
     /// TSC_AUX.
     pub tsc_aux: u64,
+    /// TSC_ADJUST: what writes to it and to TSC have added to the TSC.
+    pub tsc_adjust: u64,
     /// PAT.
     pub pat: u64,
     /// MTRR_DEF_TYPE.
@@ -44,6 +46,8 @@ pub struct Msrs {
     pub banks: [u64; 4 * BANKS],
 }
 
+/// CPUID leaf 7 EBX: there is a TSC_ADJUST.
+const TSC_ADJUST: u32 = 1 << 1;
 /// HWCR.TscFreqSel: the TSC counts at the frequency of the highest performance state.
 const HWCR_TSC_AT_P0: u64 = 1 << 24;
 /// DE_CFG: LFENCE waits for all earlier instructions.
@@ -96,6 +100,7 @@ impl Default for Msrs {
             sysenter_esp: 0,
             sysenter_eip: 0,
             tsc_aux: 0,
+            tsc_adjust: 0,
             pat: 0x0007_0406_0007_0406,
             mtrr_default: 0,
             mtrr_variable: [0; 16],
@@ -112,8 +117,9 @@ impl Default for Msrs {
 pub struct BadMsr;
 
 /// Registers that [`Cpu::saved_msrs`] carries, besides those of the LAPIC.
-const SAVED: [u32; 16] = [
+const SAVED: [u32; 17] = [
     msr::TSC,
+    msr::TSC_ADJUST,
     msr::TSC_AUX,
     msr::STAR,
     msr::LSTAR,
@@ -148,6 +154,7 @@ impl Cpu {
         let m = &self.msrs;
         Ok(match index {
             msr::TSC => self.tsc(),
+            msr::TSC_ADJUST if self.has_tsc_adjust() => m.tsc_adjust,
             msr::EFER => self.control.efer,
             msr::STAR => m.star,
             msr::LSTAR => m.lstar,
@@ -196,7 +203,11 @@ impl Cpu {
         let canonical = Cpu::is_canonical(value);
         let require = |ok: bool| if ok { Ok(()) } else { Err(BadMsr) };
         match index {
-            msr::TSC => self.set_tsc_offset(value.wrapping_sub(host_tsc())),
+            // Either register moves with the other (SDM 3B §18.17.3).
+            msr::TSC => self.move_tsc(value.wrapping_sub(self.tsc())),
+            msr::TSC_ADJUST if self.has_tsc_adjust() => {
+                self.move_tsc(value.wrapping_sub(self.msrs.tsc_adjust))
+            }
             msr::EFER => self.write_efer(value)?,
             msr::STAR => self.msrs.star = value,
             msr::LSTAR => {
@@ -254,6 +265,29 @@ impl Cpu {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Whether the model has TSC_ADJUST.
+    fn has_tsc_adjust(&self) -> bool {
+        self.cpuid.lookup(7, 0).ebx & TSC_ADJUST != 0
+    }
+
+    /// Adds to the TSC, as a write of the guest does.
+    fn move_tsc(&mut self, delta: u64) {
+        self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(delta);
+        self.set_tsc_offset(self.tsc_offset.wrapping_add(delta));
+    }
+
+    /// Loads TSC_ADJUST from saved state, where the TSC comes separately.
+    ///
+    /// # Errors
+    /// The model does not have it.
+    pub fn load_tsc_adjust(&mut self, value: u64) -> Result<(), BadMsr> {
+        if value != 0 && !self.has_tsc_adjust() {
+            return Err(BadMsr);
+        }
+        self.msrs.tsc_adjust = value;
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use iced_x86::code_asm::CodeAssembler;
 use vm_memory::{Bytes, MemoryRegionAddress};
 use x86::Segment;
 use x86::bits::{cr0, cr4, efer};
+use x86::cpuid::CpuidTable;
 use x86::paging::pte;
 
 /// Bytes of RAM.
@@ -71,11 +72,17 @@ pub fn descriptor(base: u32, limit: u32, attributes: u16) -> u64 {
 
 impl Bench {
     pub fn new(vcpus: u32) -> Bench {
+        Bench::with_cpuid(vcpus, |_| ())
+    }
+
+    /// A machine whose processors show something else.
+    pub fn with_cpuid(vcpus: u32, change: impl FnOnce(&mut CpuidTable)) -> Bench {
         let region = engine::memory::create_region("test", 0, RAM).expect("guest memory");
         let vm =
             SoftVm::new(VmConfig { vcpus, io: Arc::new(NoDevices), options: Vec::new() }).expect("a machine");
         vm.map_memory(0, region.clone(), true).expect("memory mapped");
         let mut cpuid = engine_soft::cpuid::supported_cpuid();
+        change(&mut cpuid);
         let vcpus = (0..vcpus)
             .map(|id| {
                 cpuid.update(1, |r| r.ebx = r.ebx & 0xff_ffff | id << 24);
