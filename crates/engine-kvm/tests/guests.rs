@@ -647,6 +647,42 @@ fn a_snapshot_carries_what_was_added_to_the_tsc() {
     assert_eq!(run_to_done(&second, &mut *vcpu), 0x1234_5678);
 }
 
+/// An MSR that neither KVM nor any processor knows.
+const NO_MSR: u32 = 0x1234;
+
+#[test]
+fn unknown_msrs_fault_unless_the_machine_is_lenient() {
+    for strict in [true, false] {
+        let Some(machine) = Machine::with(1, strict) else { return };
+        machine.handle(13);
+        machine.assemble(HANDLER, |a| {
+            done(a, 13);
+            a.hlt().unwrap();
+        });
+        machine.assemble(CODE, |a| {
+            a.mov(ecx, NO_MSR).unwrap();
+            a.mov(eax, 0x55).unwrap();
+            a.mov(edx, 0x66).unwrap();
+            a.wrmsr().unwrap();
+            a.rdmsr().unwrap();
+            a.or(eax, edx).unwrap();
+            a.mov(dx, u32::from(DONE_PORT)).unwrap();
+            a.out(dx, eax).unwrap();
+            // A register that exists is checked all the same.
+            a.mov(ecx, msr::EFER).unwrap();
+            a.mov(edx, 0).unwrap();
+            a.mov(eax, 2).unwrap();
+            a.wrmsr().unwrap();
+            done(a, 1);
+        });
+        let mut vcpu = machine.vcpu();
+        if !strict {
+            assert_eq!(run_to_done(&machine, &mut *vcpu), 0, "reads as zero");
+        }
+        assert_eq!(run_to_done(&machine, &mut *vcpu), 13, "strict: {strict}");
+    }
+}
+
 #[test]
 fn a_reset_state_loads() {
     let Some(machine) = Machine::new(2) else { return };

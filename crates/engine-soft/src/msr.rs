@@ -112,9 +112,14 @@ impl Default for Msrs {
     }
 }
 
-/// The register does not exist, or the value is not allowed: #GP(0).
+/// Why an access is #GP(0), unless the machine is lenient about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadMsr;
+pub enum BadMsr {
+    /// This CPU has no such register.
+    Unknown,
+    /// The register exists but not now, or it cannot hold the value.
+    Refused,
+}
 
 /// Registers that [`Cpu::saved_msrs`] carries, besides those of the LAPIC.
 const SAVED: [u32; 17] = [
@@ -149,7 +154,7 @@ impl Cpu {
     /// It does not exist.
     pub fn read_msr(&mut self, index: u32) -> Result<u64, BadMsr> {
         if crate::chips::Chips::handles_msr(index) {
-            return self.shared.chips.read_msr(self.id, index).map_err(|_| BadMsr);
+            return self.shared.chips.read_msr(self.id, index).map_err(|_| BadMsr::Refused);
         }
         let m = &self.msrs;
         Ok(match index {
@@ -186,7 +191,7 @@ impl Cpu {
                     m.mtrr_fixed[fixed]
                 } else {
                     let bank = index.checked_sub(msr::MC0_CTL).map(|b| b as usize);
-                    *bank.and_then(|b| m.banks.get(b)).ok_or(BadMsr)?
+                    *bank.and_then(|b| m.banks.get(b)).ok_or(BadMsr::Unknown)?
                 }
             }
         })
@@ -198,10 +203,10 @@ impl Cpu {
     /// It does not exist, or the value has reserved bits.
     pub fn write_msr(&mut self, index: u32, value: u64) -> Result<(), BadMsr> {
         if crate::chips::Chips::handles_msr(index) {
-            return self.shared.chips.write_msr(self.id, index, value).map_err(|_| BadMsr);
+            return self.shared.chips.write_msr(self.id, index, value).map_err(|_| BadMsr::Refused);
         }
         let canonical = Cpu::is_canonical(value);
-        let require = |ok: bool| if ok { Ok(()) } else { Err(BadMsr) };
+        let require = |ok: bool| if ok { Ok(()) } else { Err(BadMsr::Refused) };
         match index {
             // Either register moves with the other (SDM 3B §18.17.3).
             msr::TSC => self.move_tsc(value.wrapping_sub(self.tsc())),
@@ -261,7 +266,7 @@ impl Cpu {
                     self.msrs.mtrr_fixed[fixed] = value;
                 } else {
                     let bank = index.checked_sub(msr::MC0_CTL).map(|b| b as usize);
-                    *bank.and_then(|b| self.msrs.banks.get_mut(b)).ok_or(BadMsr)? = value;
+                    *bank.and_then(|b| self.msrs.banks.get_mut(b)).ok_or(BadMsr::Unknown)? = value;
                 }
             }
         }
@@ -285,7 +290,7 @@ impl Cpu {
     /// The model does not have it.
     pub fn load_tsc_adjust(&mut self, value: u64) -> Result<(), BadMsr> {
         if value != 0 && !self.has_tsc_adjust() {
-            return Err(BadMsr);
+            return Err(BadMsr::Unknown);
         }
         self.msrs.tsc_adjust = value;
         Ok(())
@@ -302,10 +307,10 @@ impl Cpu {
         const WRITABLE: u64 = efer::SCE | efer::LME | efer::NXE | efer::FFXSR;
         let old = self.control.efer;
         if value & !(WRITABLE | efer::LMA) != 0 {
-            return Err(BadMsr);
+            return Err(BadMsr::Refused);
         }
         if (value ^ old) & efer::LME != 0 && self.control.cr0 & cr0::PG != 0 {
-            return Err(BadMsr);
+            return Err(BadMsr::Refused);
         }
         self.control.efer = value & WRITABLE | old & efer::LMA;
         if (value ^ old) & efer::NXE != 0 {

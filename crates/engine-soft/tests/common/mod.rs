@@ -72,14 +72,14 @@ pub fn descriptor(base: u32, limit: u32, attributes: u16) -> u64 {
 
 impl Bench {
     pub fn new(vcpus: u32) -> Bench {
-        Bench::with_cpuid(vcpus, |_| ())
+        Bench::with(vcpus, true, |_| ())
     }
 
-    /// A machine whose processors show something else.
-    pub fn with_cpuid(vcpus: u32, change: impl FnOnce(&mut CpuidTable)) -> Bench {
+    /// A machine whose processors show something else, or are lenient about MSRs.
+    pub fn with(vcpus: u32, strict_msr: bool, change: impl FnOnce(&mut CpuidTable)) -> Bench {
         let region = engine::memory::create_region("test", 0, RAM).expect("guest memory");
-        let vm =
-            SoftVm::new(VmConfig { vcpus, io: Arc::new(NoDevices), options: Vec::new() }).expect("a machine");
+        let config = VmConfig { vcpus, io: Arc::new(NoDevices), strict_msr, options: Vec::new() };
+        let vm = SoftVm::new(config).expect("a machine");
         vm.map_memory(0, region.clone(), true).expect("memory mapped");
         let mut cpuid = engine_soft::cpuid::supported_cpuid();
         change(&mut cpuid);
