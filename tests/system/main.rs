@@ -7,6 +7,7 @@ mod control;
 mod load;
 mod memtest;
 mod misuse;
+mod serial;
 mod terminal;
 
 use guest::{Ended, Report, program};
