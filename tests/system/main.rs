@@ -4,9 +4,11 @@
 
 mod boot;
 mod control;
+mod load;
 mod memtest;
 mod misuse;
 mod proof;
+mod serial;
 mod terminal;
 
 use guest::{Ended, Report, program};

@@ -5,7 +5,7 @@ mod common;
 use common::guest::{COM1, obey_power_button, out8, power_off, print, spin};
 use common::{Bed, Outcome, Running, connect};
 use control::{Command, MachineState};
-use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, dx, eax};
+use iced_x86::code_asm::{CodeAssembler, al, dword_ptr, dx, eax, ecx};
 
 fn run(arguments: &str, program: impl FnOnce(&mut CodeAssembler)) -> Option<Outcome> {
     let bed = Bed::new();
@@ -72,10 +72,19 @@ fn strict_io_is_4_and_names_the_port() {
 }
 
 #[test]
-fn an_option_without_effect_says_so() {
-    let Some(outcome) = run("-w", power_off) else { return };
-    assert_eq!(outcome.status, Some(1), "{outcome:?}");
-    assert!(outcome.stderr.contains("-w") && outcome.stderr.contains("no effect"), "{outcome:?}");
+fn unknown_msrs_fault_unless_w_says_otherwise() {
+    let program = |code: &mut CodeAssembler| {
+        code.mov(ecx, 0x1234).unwrap();
+        code.rdmsr().unwrap();
+        code.wrmsr().unwrap();
+        power_off(code);
+    };
+    for (arguments, status) in
+        [("", 3), ("-o x86.strictmsr=true", 3), ("-w", 1), ("-o x86.strictmsr=false", 1)]
+    {
+        let Some(outcome) = run(arguments, program) else { return };
+        assert_eq!(outcome.status, Some(status), "{arguments}: {outcome:?}");
+    }
 }
 
 #[test]

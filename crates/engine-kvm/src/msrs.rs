@@ -53,7 +53,8 @@ const BATCH: usize = 128;
 pub(crate) fn state_msrs(kvm: &Kvm) -> Result<Vec<u32>> {
     let listed = kvm.get_msr_index_list().map_err(host("listing KVM's MSRs"))?;
     let mut wanted: Vec<u32> = listed.as_slice().to_vec();
-    for index in MTRRS.into_iter().chain([msr::PAT, msr::KERNEL_GS_BASE, msr::TSC, msr::TSC_DEADLINE]) {
+    let unlisted = [msr::PAT, msr::KERNEL_GS_BASE, msr::TSC, msr::TSC_ADJUST, msr::TSC_DEADLINE];
+    for index in MTRRS.into_iter().chain(unlisted) {
         if !wanted.contains(&index) {
             wanted.push(index);
         }

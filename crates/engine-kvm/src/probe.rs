@@ -218,7 +218,12 @@ impl IoHandler for Recorder {
 
 fn run_trial(engine: &KvmEngine, with_xsave: bool, limit: Duration) -> engine::Result<Trial> {
     let recorder = Arc::new(Recorder { steps: Mutex::default() });
-    let vm = engine.create_vm(VmConfig { vcpus: 1, io: recorder.clone(), options: Vec::new() })?;
+    let vm = engine.create_vm(VmConfig {
+        vcpus: 1,
+        io: recorder.clone(),
+        strict_msr: true,
+        options: Vec::new(),
+    })?;
     let memory = |source| EngineError::Host { what: "making the trial's memory", source };
     let region = create_region("kvm-trial", 0, MEMORY_BYTES).map_err(memory)?;
     let write = |address: u64, bytes: &[u8]| {

@@ -102,11 +102,16 @@ pub(crate) fn load(fd: &VcpuFd, vm: &VmShared, state: &VcpuState) -> Result<()> 
     fd.set_debug_regs(&debug).map_err(host("loading a vCPU's debug registers"))?;
     fd.set_lapic(&lapic_to(&state.lapic)?).map_err(host("loading a vCPU's LAPIC"))?;
 
-    // The deadline is compared with the TSC and counts only in the LAPIC's deadline mode, so it comes last.
+    // Writing the TSC may move TSC_ADJUST, so that comes later. The deadline is compared with the TSC and counts only in
+    // the LAPIC's deadline mode, so it comes last.
     let own_field = |index: u32| matches!(index, msr::APIC_BASE | msr::EFER | msr::FS_BASE | msr::GS_BASE);
     let mut values: Vec<(u32, u64)> =
         state.msrs.iter().copied().filter(|(index, _)| !own_field(*index)).collect();
-    values.sort_by_key(|(index, _)| *index == msr::TSC_DEADLINE);
+    values.sort_by_key(|(index, _)| match *index {
+        msr::TSC_DEADLINE => 2,
+        msr::TSC_ADJUST => 1,
+        _ => 0,
+    });
     msrs::write(fd, &values)?;
 
     fd.set_vcpu_events(&events_to(state, vm.exception_payload))

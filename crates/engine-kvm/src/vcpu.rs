@@ -129,6 +129,16 @@ impl KvmVcpu {
                     count(&counters.mmio);
                     self.vm.io.mmio_write(id, gpa, data);
                 }
+                // Only of registers that KVM does not know, and only if the machine is lenient about these.
+                VcpuExit::X86Rdmsr(access) => {
+                    count(&counters.unknown_msr);
+                    *access.data = 0;
+                    *access.error = 0;
+                }
+                VcpuExit::X86Wrmsr(access) => {
+                    count(&counters.unknown_msr);
+                    *access.error = 0;
+                }
                 VcpuExit::Shutdown => {
                     count(&counters.shutdown);
                     return Ok(Exit::TripleFault);

@@ -9,9 +9,10 @@ use engine::{
     Result, Vcpu, VcpuId, Vm, VmConfig,
 };
 use kvm_bindings::{
-    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X2APIC_API, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
-    KVM_PIT_SPEAKER_DUMMY, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
-    kvm_enable_cap, kvm_msi, kvm_pit_config, kvm_userspace_memory_region,
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X2APIC_API, KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_msi,
+    kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{Address, GuestMemoryRegion};
@@ -104,6 +105,15 @@ impl KvmVm {
         enable(&fd, KVM_CAP_X2APIC_API, x2apic_api).map_err(host("enabling 32-bit APIC IDs in KVM"))?;
         // Older kernels do without: state.rs knows both.
         let exception_payload = enable(&fd, KVM_CAP_EXCEPTION_PAYLOAD, 1).is_ok();
+
+        if !config.strict_msr {
+            // Without this, KVM raises #GP itself (unless the host's administrator told it to ignore such accesses).
+            enable(&fd, KVM_CAP_X86_USER_SPACE_MSR, u64::from(KVM_MSR_EXIT_REASON_UNKNOWN)).map_err(|_| {
+                EngineError::Unsupported(
+                    "-w (x86.strictmsr=false) takes a KVM that leaves unknown MSRs to us: Linux 5.10 or later".into(),
+                )
+            })?;
+        }
 
         let limit = usize::try_from(fd.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
         let routing = Routing::new(limit);

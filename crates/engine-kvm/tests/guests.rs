@@ -618,6 +618,72 @@ fn a_saved_machine_goes_on_in_another() {
 }
 
 #[test]
+fn a_snapshot_carries_what_was_added_to_the_tsc() {
+    let Some(first) = Machine::new(1) else { return };
+    first.assemble(CODE, |a| {
+        a.mov(ecx, msr::TSC_ADJUST).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.mov(eax, 0x1234_5678).unwrap();
+        a.wrmsr().unwrap();
+        done(a, 1);
+        a.mov(ecx, msr::TSC_ADJUST).unwrap();
+        a.rdmsr().unwrap();
+        a.mov(dx, u32::from(DONE_PORT)).unwrap();
+        a.out(dx, eax).unwrap();
+        a.hlt().unwrap();
+    });
+    let mut vcpu = first.vcpu();
+    if vcpu.state().unwrap().msr(msr::TSC_ADJUST).is_none() {
+        println!("skipped: this KVM has no TSC_ADJUST");
+        return;
+    }
+    assert_eq!(run_to_done(&first, &mut *vcpu), 1);
+    let saved = vcpu.state().unwrap();
+    assert_eq!(saved.msr(msr::TSC_ADJUST), Some(0x1234_5678));
+    let second = Machine::new(1).unwrap();
+    first.copy_memory_to(&second);
+    let mut vcpu = second.vcpu();
+    vcpu.set_state(&saved).unwrap();
+    assert_eq!(run_to_done(&second, &mut *vcpu), 0x1234_5678);
+}
+
+/// An MSR that neither KVM nor any processor knows.
+const NO_MSR: u32 = 0x1234;
+
+#[test]
+fn unknown_msrs_fault_unless_the_machine_is_lenient() {
+    for strict in [true, false] {
+        let Some(machine) = Machine::with(1, strict) else { return };
+        machine.handle(13);
+        machine.assemble(HANDLER, |a| {
+            done(a, 13);
+            a.hlt().unwrap();
+        });
+        machine.assemble(CODE, |a| {
+            a.mov(ecx, NO_MSR).unwrap();
+            a.mov(eax, 0x55).unwrap();
+            a.mov(edx, 0x66).unwrap();
+            a.wrmsr().unwrap();
+            a.rdmsr().unwrap();
+            a.or(eax, edx).unwrap();
+            a.mov(dx, u32::from(DONE_PORT)).unwrap();
+            a.out(dx, eax).unwrap();
+            // A register that exists is checked all the same.
+            a.mov(ecx, msr::EFER).unwrap();
+            a.mov(edx, 0).unwrap();
+            a.mov(eax, 2).unwrap();
+            a.wrmsr().unwrap();
+            done(a, 1);
+        });
+        let mut vcpu = machine.vcpu();
+        if !strict {
+            assert_eq!(run_to_done(&machine, &mut *vcpu), 0, "reads as zero");
+        }
+        assert_eq!(run_to_done(&machine, &mut *vcpu), 13, "strict: {strict}");
+    }
+}
+
+#[test]
 fn a_reset_state_loads() {
     let Some(machine) = Machine::new(2) else { return };
     let mut first = machine.fresh_vcpu(0);

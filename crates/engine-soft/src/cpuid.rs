@@ -83,6 +83,7 @@ pub const FROM_ENGINE: &[&str] = &[
     "hypervisor",
     "arat",
     "fsgsbase",
+    "tsc_adjust",
     "smep",
     "invpcid",
     "smap",

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use x86::bits::{cr0, efer};
 use x86::msr;
 
-use crate::cpu::{Cpu, host_tsc, seg};
+use crate::cpu::{Cpu, seg};
 
 /// Registers that are only stored: PAT, MTRRs, machine check, and the like, with their reset values.
 #[derive(Clone, Debug)]
@@ -28,6 +28,8 @@ pub struct Msrs {
     pub sysenter_eip: u64,
     /// TSC_AUX.
     pub tsc_aux: u64,
+    /// TSC_ADJUST: what writes to it and to TSC have added to the TSC.
+    pub tsc_adjust: u64,
     /// PAT.
     pub pat: u64,
     /// MTRR_DEF_TYPE.
@@ -44,6 +46,8 @@ pub struct Msrs {
     pub banks: [u64; 4 * BANKS],
 }
 
+/// CPUID leaf 7 EBX: there is a TSC_ADJUST.
+const TSC_ADJUST: u32 = 1 << 1;
 /// HWCR.TscFreqSel: the TSC counts at the frequency of the highest performance state.
 const HWCR_TSC_AT_P0: u64 = 1 << 24;
 /// DE_CFG: LFENCE waits for all earlier instructions.
@@ -96,6 +100,7 @@ impl Default for Msrs {
             sysenter_esp: 0,
             sysenter_eip: 0,
             tsc_aux: 0,
+            tsc_adjust: 0,
             pat: 0x0007_0406_0007_0406,
             mtrr_default: 0,
             mtrr_variable: [0; 16],
@@ -107,13 +112,19 @@ impl Default for Msrs {
     }
 }
 
-/// The register does not exist, or the value is not allowed: #GP(0).
+/// Why an access is #GP(0), unless the machine is lenient about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BadMsr;
+pub enum BadMsr {
+    /// This CPU has no such register.
+    Unknown,
+    /// The register exists but not now, or it cannot hold the value.
+    Refused,
+}
 
 /// Registers that [`Cpu::saved_msrs`] carries, besides those of the LAPIC.
-const SAVED: [u32; 16] = [
+const SAVED: [u32; 17] = [
     msr::TSC,
+    msr::TSC_ADJUST,
     msr::TSC_AUX,
     msr::STAR,
     msr::LSTAR,
@@ -143,11 +154,12 @@ impl Cpu {
     /// It does not exist.
     pub fn read_msr(&mut self, index: u32) -> Result<u64, BadMsr> {
         if crate::chips::Chips::handles_msr(index) {
-            return self.shared.chips.read_msr(self.id, index).map_err(|_| BadMsr);
+            return self.shared.chips.read_msr(self.id, index).map_err(|_| BadMsr::Refused);
         }
         let m = &self.msrs;
         Ok(match index {
             msr::TSC => self.tsc(),
+            msr::TSC_ADJUST if self.has_tsc_adjust() => m.tsc_adjust,
             msr::EFER => self.control.efer,
             msr::STAR => m.star,
             msr::LSTAR => m.lstar,
@@ -179,7 +191,7 @@ impl Cpu {
                     m.mtrr_fixed[fixed]
                 } else {
                     let bank = index.checked_sub(msr::MC0_CTL).map(|b| b as usize);
-                    *bank.and_then(|b| m.banks.get(b)).ok_or(BadMsr)?
+                    *bank.and_then(|b| m.banks.get(b)).ok_or(BadMsr::Unknown)?
                 }
             }
         })
@@ -191,12 +203,16 @@ impl Cpu {
     /// It does not exist, or the value has reserved bits.
     pub fn write_msr(&mut self, index: u32, value: u64) -> Result<(), BadMsr> {
         if crate::chips::Chips::handles_msr(index) {
-            return self.shared.chips.write_msr(self.id, index, value).map_err(|_| BadMsr);
+            return self.shared.chips.write_msr(self.id, index, value).map_err(|_| BadMsr::Refused);
         }
         let canonical = Cpu::is_canonical(value);
-        let require = |ok: bool| if ok { Ok(()) } else { Err(BadMsr) };
+        let require = |ok: bool| if ok { Ok(()) } else { Err(BadMsr::Refused) };
         match index {
-            msr::TSC => self.set_tsc_offset(value.wrapping_sub(host_tsc())),
+            // Either register moves with the other (SDM 3B §18.17.3).
+            msr::TSC => self.move_tsc(value.wrapping_sub(self.tsc())),
+            msr::TSC_ADJUST if self.has_tsc_adjust() => {
+                self.move_tsc(value.wrapping_sub(self.msrs.tsc_adjust))
+            }
             msr::EFER => self.write_efer(value)?,
             msr::STAR => self.msrs.star = value,
             msr::LSTAR => {
@@ -250,10 +266,33 @@ impl Cpu {
                     self.msrs.mtrr_fixed[fixed] = value;
                 } else {
                     let bank = index.checked_sub(msr::MC0_CTL).map(|b| b as usize);
-                    *bank.and_then(|b| self.msrs.banks.get_mut(b)).ok_or(BadMsr)? = value;
+                    *bank.and_then(|b| self.msrs.banks.get_mut(b)).ok_or(BadMsr::Unknown)? = value;
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Whether the model has TSC_ADJUST.
+    fn has_tsc_adjust(&self) -> bool {
+        self.cpuid.lookup(7, 0).ebx & TSC_ADJUST != 0
+    }
+
+    /// Adds to the TSC, as a write of the guest does.
+    fn move_tsc(&mut self, delta: u64) {
+        self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(delta);
+        self.set_tsc_offset(self.tsc_offset.wrapping_add(delta));
+    }
+
+    /// Loads TSC_ADJUST from saved state, where the TSC comes separately.
+    ///
+    /// # Errors
+    /// The model does not have it.
+    pub fn load_tsc_adjust(&mut self, value: u64) -> Result<(), BadMsr> {
+        if value != 0 && !self.has_tsc_adjust() {
+            return Err(BadMsr::Unknown);
+        }
+        self.msrs.tsc_adjust = value;
         Ok(())
     }
 
@@ -268,10 +307,10 @@ impl Cpu {
         const WRITABLE: u64 = efer::SCE | efer::LME | efer::NXE | efer::FFXSR;
         let old = self.control.efer;
         if value & !(WRITABLE | efer::LMA) != 0 {
-            return Err(BadMsr);
+            return Err(BadMsr::Refused);
         }
         if (value ^ old) & efer::LME != 0 && self.control.cr0 & cr0::PG != 0 {
-            return Err(BadMsr);
+            return Err(BadMsr::Refused);
         }
         self.control.efer = value & WRITABLE | old & efer::LMA;
         if (value ^ old) & efer::NXE != 0 {

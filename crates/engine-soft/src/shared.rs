@@ -247,6 +247,8 @@ pub struct Shared {
     pub chips: Arc<Chips>,
     /// Per-vCPU parts.
     pub vcpus: Arc<Vec<VcpuShared>>,
+    /// RDMSR and WRMSR of unknown registers fault.
+    pub strict_msr: bool,
     /// Makes a LOCKed access that spans pages, or goes to a device, one at a time.
     pub split_lock: Mutex<()>,
     map: RwLock<Arc<MemoryMap>>,
@@ -256,10 +258,23 @@ pub struct Shared {
 
 impl Shared {
     /// A machine without memory.
-    pub fn new(io: Arc<dyn IoHandler>, chips: Arc<Chips>, vcpus: Arc<Vec<VcpuShared>>) -> Self {
+    pub fn new(
+        io: Arc<dyn IoHandler>,
+        chips: Arc<Chips>,
+        vcpus: Arc<Vec<VcpuShared>>,
+        strict_msr: bool,
+    ) -> Self {
         // The guest's TSC starts at zero, as at power-on.
         let tsc_offset = Mutex::new(host_tsc().wrapping_neg());
-        Shared { io, chips, vcpus, split_lock: Mutex::new(()), map: RwLock::default(), tsc_offset }
+        Shared {
+            io,
+            chips,
+            vcpus,
+            strict_msr,
+            split_lock: Mutex::new(()),
+            map: RwLock::default(),
+            tsc_offset,
+        }
     }
 
     /// The offset for a vCPU whose TSC is loaded with a value that makes its offset `wanted`. vCPUs are loaded one after

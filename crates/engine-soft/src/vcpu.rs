@@ -424,6 +424,9 @@ impl Cpu {
                 self.set_tsc_offset(offset);
                 continue;
             }
+            if index == msr::TSC_ADJUST && self.load_tsc_adjust(value).is_ok() {
+                continue;
+            }
             // EFER.LMA and the segment bases have fields of their own; a register that only describes the processor may be
             // loaded with what it already holds.
             if self.write_msr(index, value).is_err() && self.read_msr(index) != Ok(value) {

@@ -44,7 +44,7 @@ impl SoftVm {
         let chips = Arc::new(Chips::new(ChipsConfig::new(config.vcpus), time, attention));
         let alarm = AlarmThread::start(chips.clone())
             .map_err(|source| EngineError::Host { what: "starting the timer thread", source })?;
-        let shared = Arc::new(Shared::new(config.io, chips, vcpus));
+        let shared = Arc::new(Shared::new(config.io, chips, vcpus, config.strict_msr));
         let created = Mutex::new(vec![false; config.vcpus as usize]);
         Ok(SoftVm { shared, _alarm: alarm, created, translate })
     }

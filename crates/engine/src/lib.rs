@@ -116,6 +116,9 @@ pub struct VmConfig {
     pub vcpus: u32,
     /// The rest of the board.
     pub io: Arc<dyn IoHandler>,
+    /// RDMSR and WRMSR of a register that the engine does not implement raise #GP; if not, they read zero and do
+    /// nothing (bhyve_config(5), `x86.strictmsr`). A value that an implemented register refuses is #GP either way.
+    pub strict_msr: bool,
     /// Engine-specific settings from the configuration tree: the children of the node named like the engine
     /// (`soft.translate=off` is `("translate", "off")`).
     pub options: Vec<(String, String)>,

@@ -43,11 +43,6 @@ pub fn run(tree: &Tree, environment: Environment<'_>) -> Result<Ending, MachineE
     for note in &settings.notes {
         notice(note);
     }
-    if !settings.strict_msr {
-        notice(
-            "-w (x86.strictmsr=false) has no effect in this build: accesses to MSRs that are not emulated fault",
-        );
-    }
     assembly::check_available(&settings)?;
     let layout = MemoryLayout::new(settings.memory.size_bytes)?;
     memory::check_host(&layout)?;
@@ -134,6 +129,7 @@ impl Machine {
             let config = VmConfig {
                 vcpus: settings.topology.vcpus(),
                 io: board.clone(),
+                strict_msr: settings.strict_msr,
                 options: engine_options(tree, kind)?,
             };
             let vm = engine.create_vm(config).map_err(&failed)?;

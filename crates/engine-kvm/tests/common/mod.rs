@@ -161,12 +161,18 @@ pub fn kvm_is_fit() -> bool {
 impl Machine {
     /// A machine with some vCPUs (one socket); `None` where there is no KVM.
     pub fn new(vcpus: u32) -> Option<Machine> {
+        Machine::with(vcpus, true)
+    }
+
+    /// The same, strict about MSRs or not.
+    pub fn with(vcpus: u32, strict_msr: bool) -> Option<Machine> {
         if !kvm_opens() {
             return None;
         }
         let engine = KvmEngine::new();
         let board = Arc::new(Board::default());
-        let vm = engine.create_vm(VmConfig { vcpus, io: board.clone(), options: Vec::new() }).unwrap();
+        let vm =
+            engine.create_vm(VmConfig { vcpus, io: board.clone(), strict_msr, options: Vec::new() }).unwrap();
         let region = create_region("test", 0, MEMORY_BYTES).unwrap();
         vm.map_memory(0, region.clone(), true).unwrap();
         let options = ModelOptions {

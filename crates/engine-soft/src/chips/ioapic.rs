@@ -55,6 +55,10 @@ const VERSION: u32 = 0x11;
 const VERSION_WITH_EOI: u32 = 0x20;
 const ID_MASK: u8 = 0xf;
 
+/// A level-triggered interrupt of the input has not been finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AwaitsEoi;
+
 /// The chip.
 #[derive(Clone, Debug)]
 pub struct IoApic {
@@ -121,6 +125,21 @@ impl IoApic {
                 *redirection &= !entry::REMOTE_IRR;
                 self.sample(pin, deliver);
             }
+        }
+    }
+
+    /// The interrupt message that a pulse on an input would send; nothing if the entry is masked. For a level-triggered
+    /// entry that waits for an EOI, `Err`: the pulse would be lost.
+    pub fn would_send(&self, pin: u32) -> Result<Option<Message>, AwaitsEoi> {
+        match self.redirection.get(pin as usize) {
+            Some(redirection) if redirection & entry::MASKED == 0 => {
+                if redirection & entry::REMOTE_IRR != 0 {
+                    Err(AwaitsEoi)
+                } else {
+                    Ok(Some(message(*redirection)))
+                }
+            }
+            _ => Ok(None),
         }
     }
 

@@ -37,8 +37,8 @@ pub enum Action {
     None,
     /// Send an interprocessor interrupt.
     Send(Message),
-    /// Tell the IOAPIC that this vector's level-triggered interrupt is finished.
-    BroadcastEoi(u8),
+    /// An interrupt is finished; if a vector is given it was a level-triggered one, and the IOAPIC is to be told.
+    Finished(Option<u8>),
 }
 
 /// Local interrupt sources other than the timer and the error register.
@@ -379,6 +379,11 @@ impl Lapic {
         self.irr.highest().filter(|vector| self.present() && class(*vector) > class(self.ppr()))
     }
 
+    /// Whether an interrupt with this vector waits to be taken; a further one would be lost.
+    pub fn requests(&self, vector: u8) -> bool {
+        self.irr.contains(vector)
+    }
+
     /// The processor takes the vector: from request to in service.
     pub fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.deliverable()?;
@@ -391,14 +396,14 @@ impl Lapic {
         let Some(vector) = self.isr.highest() else { return Action::None };
         self.isr.clear(vector);
         if !self.tmr.contains(vector) {
-            return Action::None;
+            return Action::Finished(None);
         }
         let lint0 = &mut self.lvt[lvt_index(register::LVT_LINT0)];
         if *lint0 & lvt::REMOTE_IRR != 0 && (*lint0 & lvt::VECTOR) as u8 == vector {
             *lint0 &= !lvt::REMOTE_IRR;
             self.sample_lint0();
         }
-        if self.svr & svr::SUPPRESS_EOI_BROADCAST != 0 { Action::None } else { Action::BroadcastEoi(vector) }
+        Action::Finished((self.svr & svr::SUPPRESS_EOI_BROADCAST == 0).then_some(vector))
     }
 
     /// TPR bits 7:4, as CR8 shows them.

@@ -10,7 +10,8 @@
 //! - GSI *n* is IOAPIC input *n* and, below 16, input *n* of the 8259 pair; except that the timer's IRQ 0 is
 //!   IOAPIC input 2, as the ACPI interrupt source override says. GSI 0 and GSI 2 both name that line.
 //! - The 8259 pair's output goes to LINT0 of every LAPIC and to IOAPIC input 0.
-//! - The 8254's channel 0 pulses IRQ 0.
+//! - The 8254's channel 0 pulses IRQ 0. A tick that finds the one before still waiting in the controller is kept, and
+//!   pulses when a processor has taken that one: at the acknowledge of the 8259s, at the EOI of a LAPIC.
 //!
 //! # Locks
 //!
@@ -161,6 +162,8 @@ impl Wakes {
 
 /// Line of the timer on the IOAPIC.
 const TIMER_GSI: Gsi = 2;
+/// Line of the timer on the 8259 pair.
+const TIMER_IRQ: u8 = 0;
 /// IOAPIC input that the 8259 pair drives.
 const PIC_GSI: Gsi = 0;
 
@@ -175,6 +178,8 @@ pub struct Chips {
     attention: Arc<dyn Attention>,
     pit: Mutex<Pit>,
     pit_wired: AtomicBool,
+    /// The 8254 keeps a tick until the one before has been taken. Written under its lock.
+    tick_waits: AtomicBool,
     pic: Mutex<Pic>,
     /// INT output of the pair; written under its lock.
     pic_output: AtomicBool,
@@ -204,6 +209,7 @@ impl Chips {
             attention,
             pit: Mutex::new(Pit::default()),
             pit_wired: AtomicBool::new(true),
+            tick_waits: AtomicBool::new(false),
             pic: Mutex::new(Pic::default()),
             pic_output: AtomicBool::new(false),
             ioapic: Mutex::new(IoApic::new(config.directed_eoi)),
@@ -252,6 +258,7 @@ impl Chips {
         {
             let mut pit = lock(&self.pit);
             *pit = Pit::default();
+            self.tick_waits.store(false, Ordering::SeqCst);
             self.timers.set_pit_deadline(None, &*self.time);
         }
         let lines = lock(&self.ioapic).reset();
@@ -448,12 +455,13 @@ impl Chips {
     pub fn acknowledge(&self, vcpu: VcpuId) -> Option<u8> {
         let cell = self.cell(vcpu);
         let mut wakes = Wakes::default();
-        let vector = self.acknowledge_pic(cell, &mut wakes).or_else(|| {
-            if cell.word.load(Ordering::SeqCst) & word::INTERRUPT == 0 {
-                return None;
-            }
-            self.lapic(cell, vcpu, &mut wakes).acknowledge()
-        });
+        let mut vector = self.acknowledge_pic(cell, &mut wakes);
+        if vector.is_some() {
+            self.resume_ticks(&mut wakes);
+        } else if cell.word.load(Ordering::SeqCst) & word::INTERRUPT != 0 {
+            // A tick that waits for this one comes with the EOI.
+            vector = self.lapic(cell, vcpu, &mut wakes).acknowledge();
+        }
         self.tell(wakes);
         vector
     }

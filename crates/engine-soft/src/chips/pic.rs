@@ -380,6 +380,11 @@ impl Pic {
         self.master.request().is_some()
     }
 
+    /// Whether an edge of IRQ `irq` of the master waits to be acknowledged, unmasked: a further one would be lost.
+    pub fn requests(&self, irq: u8) -> bool {
+        self.master.init == Init::Done && self.master.irr() & !self.master.imr & 1 << irq != 0
+    }
+
     /// The vector that [`Pic::acknowledge`] would give.
     pub fn peek(&self) -> Option<u8> {
         self.output().then(|| self.clone().acknowledge())

@@ -7,8 +7,13 @@
 //!
 //! Differences from the data sheet, none of which software can depend on: a count is loaded with the write
 //! rather than one clock later, and a reload value that waits for the end of a period is saved as if it had
-//! taken effect. The interrupt request is a pulse at each rising edge of channel 0's output; edges that passed
-//! unnoticed become one.
+//! taken effect.
+//!
+//! The interrupt request is a pulse at each rising edge of channel 0's output. Where that is periodic (modes 2 and
+//! 3), edges are counted until [`Pit::take_interrupt`] takes them, one a call: on a host that runs the guest late
+//! the ticks come late, and all come, as with KVM's 8254. A kernel that waits for its timer ("IO-APIC + timer doesn't
+//! work!") or that counts ticks for the time of day needs them. No more than [`BACKLOG`] are kept, none across a
+//! reprogramming of the channel, and none in saved state.
 
 use engine::state::{PitChannelState, PitState};
 
@@ -16,6 +21,11 @@ use super::lapic::timer::SHORTEST_PERIOD_NS;
 
 /// Counter clock of a PC in hertz.
 pub const CLOCK_HZ: u64 = 1_193_182;
+
+/// Ticks that are kept for a guest that has not taken the ones before. At the 250 Hz of Linux that is a quarter of a
+/// second, longer than a busy host leaves a processor waiting; and after a pause of any length it is the most that the
+/// guest gets at once, some ten thousand instructions of interrupt handlers.
+pub const BACKLOG: u64 = 64;
 
 /// Ports of the timer.
 pub mod port {
@@ -193,8 +203,8 @@ struct Channel {
     latched_status: Option<u8>,
     /// Rising edges of the output since the load that were noticed.
     edges: u64,
-    /// An edge was noticed and not yet reported.
-    owed: bool,
+    /// Edges that were noticed and not yet taken.
+    owed: u64,
     /// With periods shorter than [`SHORTEST_PERIOD_NS`]: no edge is reported before.
     quiet_until_ns: u64,
 }
@@ -214,7 +224,7 @@ impl Channel {
             latched_count: None,
             latched_status: None,
             edges: 0,
-            owed: false,
+            owed: 0,
             quiet_until_ns: 0,
         }
     }
@@ -317,6 +327,7 @@ impl Channel {
         self.latched_count = None;
         self.latched_status = None;
         self.edges = 0;
+        self.owed = 0;
     }
 
     fn latch_count(&mut self, now_ns: u64) {
@@ -367,6 +378,7 @@ impl Channel {
     }
 
     fn write(&mut self, value: u8, now_ns: u64) {
+        self.owed = 0;
         let written = match (self.access, self.written_low.take()) {
             (Access::Low, _) => u16::from(value),
             (Access::High, _) => u16::from(value) << 8,
@@ -447,31 +459,42 @@ impl Channel {
         }
     }
 
+    /// A periodic channel slow enough for each of its edges to be an interrupt of its own.
+    fn counts_ticks(&self) -> bool {
+        self.mode.periodic() && ns_of(u64::from(self.count)) >= SHORTEST_PERIOD_NS
+    }
+
     fn notice_edges(&mut self, now_ns: i64) {
         let Counting::Since(start_ns) = self.counting else { return };
         let edges = self.edges_in(ticks_in(since(start_ns, now_ns)));
         if edges > self.edges {
+            let most = if self.counts_ticks() { BACKLOG } else { 1 };
+            self.owed = (self.owed + (edges - self.edges)).min(most);
             self.edges = edges;
-            self.owed = true;
         }
     }
 
-    /// Whether the output has risen since the last call.
-    fn take_edge(&mut self, now_ns: u64) -> bool {
+    /// Whether the output has risen more often than [`Channel::take_edge`] has said.
+    fn has_edge(&mut self, now_ns: u64) -> bool {
         self.settle(now_ns);
-        if !self.owed || now_ns < self.quiet_until_ns {
+        self.owed != 0 && now_ns >= self.quiet_until_ns
+    }
+
+    /// Takes one rise of the output; false if there was none.
+    fn take_edge(&mut self, now_ns: u64) -> bool {
+        if !self.has_edge(now_ns) {
             return false;
         }
-        self.owed = false;
-        if self.mode.periodic() && ns_of(u64::from(self.count)) < SHORTEST_PERIOD_NS {
+        self.owed -= 1;
+        if self.mode.periodic() && !self.counts_ticks() {
             self.quiet_until_ns = now_ns.saturating_add(SHORTEST_PERIOD_NS);
         }
         true
     }
 
-    /// When [`Channel::take_edge`] is to be called next.
+    /// When there will be an edge that is not there yet.
     fn deadline_ns(&self) -> Option<u64> {
-        if self.owed {
+        if self.owed != 0 && !self.counts_ticks() {
             return Some(self.quiet_until_ns);
         }
         let Counting::Since(start_ns) = self.counting else { return None };
@@ -533,9 +556,9 @@ impl Channel {
         channel.written_low = state.write_high.then_some(state.write_latch);
         channel.latched_count = state.latched_count;
         channel.latched_status = state.latched_status;
-        // Edges in the past were delivered before the state was saved.
+        // Edges in the past were delivered before the state was saved, or are given up.
         channel.settle(now_ns);
-        channel.owed = false;
+        channel.owed = 0;
         *self = channel;
     }
 }
@@ -578,7 +601,7 @@ impl Pit {
         }
     }
 
-    /// Writes a port.
+    /// Writes a port. Programming channel 0 gives up requests that were not taken.
     pub fn write(&mut self, port: u16, value: u8, now_ns: u64) {
         self.channels.iter_mut().for_each(|channel| channel.settle(now_ns));
         match port {
@@ -620,12 +643,24 @@ impl Pit {
         }
     }
 
-    /// Whether channel 0 has raised its output, that is, requested an interrupt, since the last call.
+    /// Whether channel 0 requests an interrupt: [`Pit::take_interrupt`] would be true.
+    pub fn has_interrupt(&mut self, now_ns: u64) -> bool {
+        self.channels[0].has_edge(now_ns)
+    }
+
+    /// Whether a request may wait while an earlier one has not been taken by a processor. If not, it is to be taken at
+    /// once, and the interrupt controller makes one of the two.
+    pub fn can_wait(&self) -> bool {
+        self.channels[0].counts_ticks()
+    }
+
+    /// Takes one rise of channel 0's output, that is, one request of an interrupt; false if there was none that earlier
+    /// calls did not take.
     pub fn take_interrupt(&mut self, now_ns: u64) -> bool {
         self.channels[0].take_edge(now_ns)
     }
 
-    /// When [`Pit::take_interrupt`] is to be called next.
+    /// When there will be a request that is not there yet.
     pub fn deadline_ns(&self) -> Option<u64> {
         self.channels[0].deadline_ns()
     }

@@ -5,9 +5,12 @@ use std::sync::atomic::Ordering;
 use engine::{IOAPIC_BASE, VcpuId};
 use x86::msr;
 
+use super::ioapic::{self, AwaitsEoi};
 use super::lapic::{Action, bits::register};
+use super::message::DeliveryMode;
 use super::pit::Pit;
-use super::{Chips, GeneralProtection, TIMER_GSI, Wakes, ioapic, lock};
+use super::vcpu::word;
+use super::{Chips, GeneralProtection, PIC_GSI, TIMER_GSI, TIMER_IRQ, Wakes, lock};
 
 /// Bytes of a LAPIC's register page.
 const LAPIC_BYTES: u64 = 0x1000;
@@ -31,9 +34,13 @@ impl Chips {
                     value
                 }
                 _ if Self::handles_port(port) => {
-                    let mut pic = lock(&self.pic);
-                    let value = pic.read(port);
-                    self.publish_pic(&pic, &mut wakes);
+                    let value = {
+                        let mut pic = lock(&self.pic);
+                        let value = pic.read(port);
+                        self.publish_pic(&pic, &mut wakes);
+                        value
+                    };
+                    self.resume_ticks(&mut wakes);
                     value
                 }
                 _ => 0xff,
@@ -50,13 +57,18 @@ impl Chips {
                 0x40..=0x43 | 0x61 => {
                     let now_ns = self.time.now_ns();
                     let mut pit = lock(&self.pit);
+                    // What came before the write is not given up, so far as the controllers can take it.
+                    self.after_pit(&mut pit, now_ns, &mut wakes);
                     pit.write(port, *byte, now_ns);
                     self.after_pit(&mut pit, now_ns, &mut wakes);
                 }
                 _ if Self::handles_port(port) => {
-                    let mut pic = lock(&self.pic);
-                    pic.write(port, *byte);
-                    self.publish_pic(&pic, &mut wakes);
+                    {
+                        let mut pic = lock(&self.pic);
+                        pic.write(port, *byte);
+                        self.publish_pic(&pic, &mut wakes);
+                    }
+                    self.resume_ticks(&mut wakes);
                 }
                 _ => {}
             }
@@ -69,13 +81,72 @@ impl Chips {
         self.pit_wired.store(wired, Ordering::SeqCst);
     }
 
-    /// Carries channel 0's request on and arms the alarm for the next. Call with the lock held after every access.
+    /// Carries channel 0's requests on, as many as the interrupt controllers can hold, and arms the alarm for the next.
+    /// Call with the lock held after every access.
     pub(super) fn after_pit(&self, pit: &mut Pit, now_ns: u64, wakes: &mut Wakes) {
-        if pit.take_interrupt(now_ns) && self.pit_wired.load(Ordering::SeqCst) {
-            self.drive_line(TIMER_GSI, true, wakes);
-            self.drive_line(TIMER_GSI, false, wakes);
+        while pit.has_interrupt(now_ns) {
+            if pit.can_wait() {
+                // Before the look: who takes the earlier tick after it, sees this and comes back for the next.
+                self.tick_waits.store(true, Ordering::SeqCst);
+                if self.tick_would_be_lost() {
+                    break;
+                }
+            }
+            pit.take_interrupt(now_ns);
+            if self.pit_wired.load(Ordering::SeqCst) {
+                self.drive_line(TIMER_GSI, true, wakes);
+                self.drive_line(TIMER_GSI, false, wakes);
+            }
         }
+        self.tick_waits.store(pit.has_interrupt(now_ns), Ordering::SeqCst);
         self.timers.set_pit_deadline(pit.deadline_ns(), &*self.time);
+    }
+
+    /// Whether an edge on the timer's line would be lost because the one before still waits for a processor. An edge
+    /// that nobody listens to is not lost in this sense: no processor will ever make room for it.
+    ///
+    /// The IOAPIC's entry decides if it is open, else the 8259s.
+    fn tick_would_be_lost(&self) -> bool {
+        if !self.pit_wired.load(Ordering::SeqCst) {
+            return false;
+        }
+        let (to_timer, to_pic) = {
+            let ioapic = lock(&self.ioapic);
+            match ioapic.would_send(TIMER_GSI) {
+                Err(AwaitsEoi) => return true,
+                Ok(message) => (message, ioapic.would_send(PIC_GSI) != Ok(None)),
+            }
+        };
+        let Some(message) = to_timer else {
+            let to_pic = to_pic
+                || self.vcpus.iter().any(|cell| {
+                    let word = cell.word.load(Ordering::SeqCst);
+                    word & (word::ACCEPTS_PIC | word::WATCHES_LINT0 | word::EXT_INT) != 0
+                });
+            return to_pic && lock(&self.pic).requests(TIMER_IRQ);
+        };
+        if !matches!(message.mode, DeliveryMode::Fixed | DeliveryMode::LowestPriority) {
+            return false;
+        }
+        let mut addressed = (0..).zip(&self.vcpus).filter(|(id, cell)| {
+            let address = cell.address();
+            address.accepts && address.matches(*id, message.destination)
+        });
+        let first = addressed.next();
+        first.is_some()
+            && first.into_iter().chain(addressed).all(|(_, cell)| lock(&cell.lapic).requests(message.vector))
+    }
+
+    /// A processor has taken or finished an interrupt: if that made room for a tick that waits, or that the alarm is late
+    /// for, the tick comes now. Call with no lock held.
+    pub(super) fn resume_ticks(&self, wakes: &mut Wakes) {
+        let due = self.tick_waits.load(Ordering::SeqCst)
+            || self.timers.pit_deadline_ns().is_some_and(|deadline| deadline <= self.time.now_ns());
+        if due {
+            let now_ns = self.time.now_ns();
+            let mut pit = lock(&self.pit);
+            self.after_pit(&mut pit, now_ns, wakes);
+        }
     }
 
     /// Where this vCPU's LAPIC page is, if it has one now.
@@ -140,8 +211,11 @@ impl Chips {
             Action::Send(message) => {
                 self.deliver(&message, wakes);
             }
-            Action::BroadcastEoi(vector) => {
-                lock(&self.ioapic).end_of_interrupt(vector, &mut |message| self.deliver(message, wakes));
+            Action::Finished(broadcast) => {
+                if let Some(vector) = broadcast {
+                    lock(&self.ioapic).end_of_interrupt(vector, &mut |message| self.deliver(message, wakes));
+                }
+                self.resume_ticks(wakes);
             }
         }
     }

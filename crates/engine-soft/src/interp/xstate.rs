@@ -326,19 +326,27 @@ fn xsave(cpu: &mut Cpu, op: &Op) -> F {
     Ok(Flow::Next)
 }
 
+/// XRSTOR. Legacy region and header are read whatever is asked for, and the header is judged before what lies behind it
+/// is touched; then the last byte comes first, whether the component is present or not, and MXCSR is judged when all of
+/// the area has been read. (SDM 1 §13.8 leaves the order open; this is what a Zen 4 does.)
 fn xrstor(cpu: &mut Cpu, op: &Op) -> F {
     xsave_available(cpu)?;
     let wanted = requested(cpu);
     let len = area_len(wanted);
-    let address = area_address(cpu, op, len, 64, Access::Read)?;
+    let address = area_address(cpu, op, MIN_BYTES, 64, Access::Read)?;
     let mut area = [0u8; AREA];
-    cpu.read_bytes(address, &mut area[..len])?;
+    cpu.read_bytes(address, &mut area[..MIN_BYTES])?;
     let mut present = [0; 8];
     present.copy_from_slice(&area[XSTATE_BV..][..8]);
     let present = u64::from_le_bytes(present);
     // Standard form: XCOMP_BV and the rest of the header must be zero.
     if present & !cpu.control.xcr0 != 0 || area[XCOMP_BV..XCOMP_BV + 16].iter().any(|b| *b != 0) {
         return cpu.gp0();
+    }
+    if len > MIN_BYTES {
+        cpu.address(op, len as u32, Access::Read)?;
+        cpu.read_bytes(address + len as u64 - 1, &mut area[len - 1..len])?;
+        cpu.read_bytes(address + MIN_BYTES as u64, &mut area[MIN_BYTES..len])?;
     }
     let mxcsr =
         if wanted & (component::SSE | component::AVX) != 0 { Some(read_mxcsr(cpu, &area)?) } else { None };

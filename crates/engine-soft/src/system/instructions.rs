@@ -10,6 +10,7 @@ use crate::interp::alu::Int;
 use crate::interp::integer::{Operand, Target};
 use crate::interp::op::{Flow, Op};
 use crate::mmu::Access;
+use crate::msr::BadMsr;
 use crate::system::interrupt::Source;
 use crate::system::segmentation::{is_null, rpl, system_type};
 
@@ -571,8 +572,13 @@ pub fn rdmsr(cpu: &mut Cpu, _: &Op) -> F {
             set_edx_eax(cpu, value);
             Ok(Flow::Next)
         }
-        Err(_) => {
-            tracing::debug!("vCPU {}: RDMSR of unknown register {index:#x}", cpu.id);
+        Err(BadMsr::Unknown) if !cpu.shared.strict_msr => {
+            tracing::debug!("vCPU {}: RDMSR of unknown register {index:#x} gives 0", cpu.id);
+            set_edx_eax(cpu, 0);
+            Ok(Flow::Next)
+        }
+        Err(why) => {
+            tracing::debug!("vCPU {}: RDMSR of {index:#x} faults: {why:?}", cpu.id);
             cpu.gp0()
         }
     }
@@ -585,8 +591,12 @@ pub fn wrmsr(cpu: &mut Cpu, _: &Op) -> F {
     let (index, value) = (cpu.user.gpr[gpr::RCX] as u32, edx_eax(cpu));
     match cpu.write_msr(index, value) {
         Ok(()) => Ok(Flow::End),
-        Err(_) => {
-            tracing::debug!("vCPU {}: WRMSR of {value:#x} to {index:#x} refused", cpu.id);
+        Err(BadMsr::Unknown) if !cpu.shared.strict_msr => {
+            tracing::debug!("vCPU {}: WRMSR of {value:#x} to unknown register {index:#x} ignored", cpu.id);
+            Ok(Flow::End)
+        }
+        Err(why) => {
+            tracing::debug!("vCPU {}: WRMSR of {value:#x} to {index:#x} faults: {why:?}", cpu.id);
             cpu.gp0()
         }
     }

@@ -11,6 +11,7 @@ use iced_x86::code_asm::CodeAssembler;
 use vm_memory::{Bytes, MemoryRegionAddress};
 use x86::Segment;
 use x86::bits::{cr0, cr4, efer};
+use x86::cpuid::CpuidTable;
 use x86::paging::pte;
 
 /// Bytes of RAM.
@@ -71,16 +72,28 @@ pub fn descriptor(base: u32, limit: u32, attributes: u16) -> u64 {
 
 impl Bench {
     pub fn new(vcpus: u32) -> Bench {
+        Bench::showing(vcpus, true, |_| ())
+    }
+
+    /// A machine whose processors show something else, or are lenient about MSRs.
+    pub fn showing(vcpus: u32, strict_msr: bool, change: impl FnOnce(&mut CpuidTable)) -> Bench {
         let region = engine::memory::create_region("test", 0, RAM).expect("guest memory");
-        Bench::with(vcpus, "on", region, Arc::new(NoDevices))
+        let config = VmConfig { vcpus, io: Arc::new(NoDevices), strict_msr, options: Vec::new() };
+        Bench::build(config, region, change)
     }
 
     /// With devices, and `soft.translate` as given.
     pub fn with(vcpus: u32, translate: &str, region: Arc<GuestRegion>, io: Arc<dyn IoHandler>) -> Bench {
         let options = vec![("translate".to_owned(), translate.to_owned())];
-        let vm = SoftVm::new(VmConfig { vcpus, io, options }).expect("a machine");
+        Bench::build(VmConfig { vcpus, io, strict_msr: true, options }, region, |_| ())
+    }
+
+    fn build(config: VmConfig, region: Arc<GuestRegion>, change: impl FnOnce(&mut CpuidTable)) -> Bench {
+        let vcpus = config.vcpus;
+        let vm = SoftVm::new(config).expect("a machine");
         vm.map_memory(0, region.clone(), true).expect("memory mapped");
         let mut cpuid = engine_soft::cpuid::supported_cpuid();
+        change(&mut cpuid);
         let vcpus = (0..vcpus)
             .map(|id| {
                 cpuid.update(1, |r| r.ebx = r.ebx & 0xff_ffff | id << 24);

@@ -68,7 +68,8 @@ fn testable(code: Code) -> Result<(), Skip> {
     if !matches!(op_code.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
         return Err(Skip::NotInModel);
     }
-    if !op_code.intel_decoder64() && !op_code.intel_decoder32() && !op_code.amd_decoder32() {
+    let amd_only = vendor() == DecoderOptions::AMD && op_code.amd_decoder64();
+    if !op_code.intel_decoder64() && !op_code.intel_decoder32() && !op_code.amd_decoder32() && !amd_only {
         return Err(Skip::NotInModel);
     }
     for feature in code.cpuid_features() {
@@ -396,7 +397,7 @@ fn attempt(form: Form, random: &mut Random) -> Option<Encoding> {
     let mut encoder = Encoder::new(bitness);
     encoder.encode(&instruction, ip).ok()?;
     let bytes = encoder.take_buffer();
-    let decoded = Decoder::with_ip(bitness, &bytes, ip, DecoderOptions::NONE).decode();
+    let decoded = Decoder::with_ip(bitness, &bytes, ip, vendor()).decode();
     (decoded.code() == code && decoded.len() == bytes.len()).then_some(Encoding {
         instruction: decoded,
         bytes,
@@ -410,6 +411,15 @@ fn by_bits<T>(bits: u32, [a, b, c]: [T; 3]) -> T {
         32 => b,
         _ => c,
     }
+}
+
+/// How the host's vendor decodes: near branches with an operand-size prefix are 16 bits wide in 64-bit code on AMD's
+/// processors, and the prefix means nothing on Intel's.
+fn vendor() -> u32 {
+    // SAFETY: CPUID exists on every x86-64 processor. (The call is safe on recent compilers.)
+    #[allow(unused_unsafe)]
+    let amd = unsafe { core::arch::x86_64::__cpuid(0) }.ebx == u32::from_le_bytes(*b"Auth");
+    if amd { DecoderOptions::AMD } else { DecoderOptions::NONE }
 }
 
 /// Offset in CS of the instruction.

@@ -108,8 +108,13 @@ impl InterpreterSubject {
             }
         }
         region.write_slice(&[0xcc; CODE_BYTES], MemoryRegionAddress(CODE_PAGES)).expect("code pages");
-        let vm = SoftVm::new(VmConfig { vcpus: 1, io: Arc::new(NoDevices), options: Vec::new() })
-            .expect("a machine");
+        let vm = SoftVm::new(VmConfig {
+            vcpus: 1,
+            io: Arc::new(NoDevices),
+            strict_msr: true,
+            options: Vec::new(),
+        })
+        .expect("a machine");
         vm.map_memory(0, region.clone(), true).expect("memory mapped");
         let cpuid = engine_soft::cpuid::supported_cpuid();
         let mut vcpu = vm.soft_vcpu(0, &cpuid).expect("a processor");

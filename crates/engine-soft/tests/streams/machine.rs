@@ -393,7 +393,8 @@ impl Machine {
     pub fn new(translate: &str) -> Machine {
         let region = engine::memory::create_region("streams", 0, RAM as u64).expect("guest memory");
         let options = vec![("translate".to_owned(), translate.to_owned())];
-        let vm = SoftVm::new(VmConfig { vcpus: 1, io: Arc::new(NoDevices), options }).expect("a machine");
+        let config = VmConfig { vcpus: 1, io: Arc::new(NoDevices), strict_msr: true, options };
+        let vm = SoftVm::new(config).expect("a machine");
         vm.map_memory(0, region.clone(), true).expect("memory mapped");
         let vcpu = vm.soft_vcpu(0, &engine_soft::cpuid::supported_cpuid()).expect("a processor");
         let watchdog = Watchdog::new(vcpu.kicker());

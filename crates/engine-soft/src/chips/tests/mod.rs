@@ -6,6 +6,7 @@ mod registers;
 mod routing;
 mod state;
 mod threads;
+mod ticks;
 mod timer;
 
 use std::sync::atomic::AtomicU64;
