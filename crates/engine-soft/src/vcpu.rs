@@ -12,7 +12,7 @@ use x86::{ControlRegisters, DebugRegisters, DescriptorTable, Exception, Register
 
 use crate::area::Owner;
 use crate::cpu::{Cpu, Mode, host_tsc, seg};
-use crate::interp::block::BlockCache;
+use crate::interp::block::{BlockCache, COLD_BLOCKS, INTERPRETED_BLOCKS};
 use crate::msr::Msrs;
 use crate::native::Thunks;
 use crate::shared::{Counters, Shared, attention, lock};
@@ -101,7 +101,7 @@ impl SoftVcpu {
             cpuid: cpuid.clone(),
             reserved_physical: !((1u64 << bits) - 1) & x86::paging::pte::ADDRESS,
             has_1g_pages,
-            blocks: BlockCache::default(),
+            blocks: BlockCache::new(if translator.is_some() { COLD_BLOCKS } else { INTERPRETED_BLOCKS }),
             thunks,
             translator,
             fatal: None,

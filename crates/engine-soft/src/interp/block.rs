@@ -14,8 +14,10 @@ use crate::native::Thunk;
 
 /// Most instructions in a block.
 pub const MAX_OPS: usize = 48;
-/// Blocks kept before all are dropped.
-const MAX_BLOCKS: usize = 64 * 1024;
+/// Blocks kept before all are dropped, if everything is interpreted.
+pub const INTERPRETED_BLOCKS: usize = 64 * 1024;
+/// The same where blocks that run again are translated: what is left are those that ran once.
+pub const COLD_BLOCKS: usize = 8 * 1024;
 const FAST_BITS: u32 = 13;
 const FAST_ENTRIES: usize = 1 << FAST_BITS;
 
@@ -122,18 +124,24 @@ pub struct BlockCache {
     fast: Box<[Fast]>,
     /// Changes with every flush of `fast`, so that a flush need not touch it.
     epoch: u32,
+    /// How many may be kept.
+    capacity: usize,
 }
 
 // SAFETY: the pointers lead to blocks of the same cache.
 unsafe impl Send for BlockCache {}
 
-impl Default for BlockCache {
-    fn default() -> Self {
-        BlockCache { blocks: FxHashMap::default(), fast: vec![EMPTY; FAST_ENTRIES].into(), epoch: 0 }
-    }
-}
-
 impl BlockCache {
+    /// An empty cache for so many blocks.
+    pub fn new(capacity: usize) -> Self {
+        BlockCache {
+            blocks: FxHashMap::default(),
+            fast: vec![EMPTY; FAST_ENTRIES].into(),
+            epoch: 0,
+            capacity,
+        }
+    }
+
     fn slot(linear: u64) -> usize {
         (linear ^ linear >> FAST_BITS) as usize & (FAST_ENTRIES - 1)
     }
@@ -169,16 +177,28 @@ impl BlockCache {
 
     /// Shared possession of a block that is in the cache.
     pub fn shared(&self, block: &Block) -> Option<Arc<Block>> {
-        [16, 32, 64]
-            .into_iter()
-            .filter_map(|bits| self.blocks.get(&(block.gpa(), bits)))
-            .find(|found| std::ptr::eq(found.as_ref(), block))
-            .cloned()
+        let bits = self.code_bits_of(block)?;
+        self.blocks.get(&(block.gpa(), bits)).cloned()
+    }
+
+    /// Forgets a block that is in the cache.
+    pub fn remove(&mut self, block: &Block) {
+        if let Some(bits) = self.code_bits_of(block) {
+            self.flush_linear();
+            self.blocks.remove(&(block.gpa(), bits));
+        }
+    }
+
+    fn code_bits_of(&self, block: &Block) -> Option<u8> {
+        let is_it = |bits: &u8| {
+            self.blocks.get(&(block.gpa(), *bits)).is_some_and(|b| std::ptr::eq(b.as_ref(), block))
+        };
+        [16, 32, 64].into_iter().find(is_it)
     }
 
     /// Whether inserting needs [`BlockCache::clear`] first.
     pub fn is_full(&self) -> bool {
-        self.blocks.len() >= MAX_BLOCKS
+        self.blocks.len() >= self.capacity
     }
 
     /// Adds or replaces a block.

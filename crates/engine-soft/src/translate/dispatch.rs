@@ -280,7 +280,10 @@ impl Cpu {
             return None;
         }
         let block = self.blocks.shared(block)?;
-        self.translate_block(&block, variant)
+        let unit = self.translate_block(&block, variant)?;
+        // It is not interpreted again; the translation keeps what it needs of it.
+        self.blocks.remove(&block);
+        Some(unit)
     }
 
     fn translate_block(&mut self, block: &Arc<Block>, variant: Variant) -> Option<u32> {
