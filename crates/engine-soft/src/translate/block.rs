@@ -9,109 +9,50 @@
 
 use std::sync::Arc;
 
-use iced_x86::{
-    Code, Decoder, Encoder, FlowControl, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess,
-    OpKind, Register,
-};
+use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind};
 use x86::paging::PAGE_SIZE;
 
 use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
-use super::cache::{AddressSource, Cache, Guard, Link, NewUnit, Purpose, Site, Variant};
-use super::flags::{Place, Recipe, Use, usage, written_registers};
+use super::cache::{Cache, NewUnit, Site, Variant};
+use super::classes::{Class, is_faulting};
+use super::flags::{Effects, Place, Recipe, Use, usage, written_registers};
 use super::registers::{T0, T1, home, is_high_byte, part};
 use super::runtime::{self, Kind, Routines};
+use super::stubs::{Cold, NewLink, SitePurpose};
 use crate::area::{ATTENTION_OFFSET, gpr_offset, run_offset};
 use crate::cpu::class;
 use crate::interp::block::Block;
 use crate::interp::decode;
 use crate::interp::op::Op;
-use crate::native::MemoryUse;
 use crate::native::classify;
-
-/// How an instruction is translated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Class {
-    /// Nothing to do.
-    Nothing,
-    /// Copied.
-    Plain,
-    /// The address of its operand is all it needs.
-    Address,
-    /// Copied, on a host address.
-    Memory(MemoryUse),
-    Push,
-    Pop,
-    Leave,
-    Jump,
-    JumpIf,
-    Call,
-    JumpIndirect,
-    CallIndirect,
-    Return,
-    /// The interpreter's.
-    Interpret,
-}
-
-/// What is emitted behind the hot path.
-enum Cold {
-    /// Calls Rust code for a site.
-    Slow { label: Label, site: u32, flags: Option<Recipe> },
-    /// Leaves with RIP at an offset in the page.
-    Exit { label: Label, offset: i32, flags: Option<Recipe> },
-    /// Leaves likewise, asking for a link.
-    Unlinked { label: Label, link: u32, offset: i32, flags: Place },
-    /// The stack of translated code is full: it begins anew, and the push is tried again.
-    FullStack { label: Label, again: Label },
-    /// Where a jump leads that something else keeps from being taken.
-    Never { label: Label },
-}
-
-/// A [`Link`] before addresses are known.
-#[derive(Clone, Copy)]
-struct NewLink {
-    unlinked: Label,
-    /// Offset of the rel32 in the code.
-    field: usize,
-    flags: Place,
-    /// Offsets of the fields of its [`Guard`].
-    guard: Option<(usize, usize)>,
-}
-
-/// What an instruction does to flags and registers.
-#[derive(Clone, Copy)]
-struct Effects {
-    flags: Use,
-    /// General registers that it changes, a bit each.
-    written: u16,
-}
 
 /// A block's translation under construction.
 pub(super) struct Builder<'a> {
     pub asm: Asm,
     pub encoder: &'a mut Encoder,
-    info: &'a mut InstructionInfoFactory,
+    pub info: &'a mut InstructionInfoFactory,
     pub variant: Variant,
     /// Bytes of an address and of what is pushed: 8 or 4.
     pub word: u8,
     pub routines: Routines,
-    block: &'a Block,
-    cold: Vec<Cold>,
-    sites: Vec<(Site, Option<Label>, Option<Label>)>,
-    links: Vec<NewLink>,
-    faults: Vec<(u64, Label)>,
-    first_site: u32,
-    first_link: u32,
+    pub block: &'a Block,
+    pub cold: Vec<Cold>,
+    pub sites: Vec<(Site, Option<Label>, Option<Label>)>,
+    pub links: Vec<NewLink>,
+    pub faults: Vec<(u64, Label)>,
+    pub first_site: u32,
+    pub first_link: u32,
     /// The x87 state is known to be in the host's registers from here on.
-    x87_loaded: bool,
+    pub x87_loaded: bool,
     /// The vector registers are.
-    vectors_loaded: bool,
+    pub vectors_loaded: bool,
     /// The encoder refused the present instruction.
-    refused: bool,
+    pub refused: bool,
     /// How the flags can be made again at this point.
-    recipe: Option<Recipe>,
+    pub recipe: Option<Recipe>,
     /// What the block's instructions are.
-    classes: Vec<Class>,
-    effects: Vec<Effects>,
+    pub classes: Vec<Class>,
+    pub effects: Vec<Effects>,
     /// Where the flags are at this point.
     pub flags: Place,
     /// The instruction being translated, and its place.
@@ -211,413 +152,6 @@ impl Builder<'_> {
         self.block.ops.iter().map(|_| decoder.decode()).collect()
     }
 
-    // ---- classification -------------------------------------------------------------------------------------------
-
-    fn classify(&self, instruction: &Instruction, op: &Op) -> Class {
-        use Mnemonic::*;
-        if instruction.is_invalid() || op.class & self.variant.disabled() != 0 {
-            return Class::Interpret;
-        }
-        let near = |kind| kind == if self.word == 8 { OpKind::NearBranch64 } else { OpKind::NearBranch32 };
-        let wide = |register: Register| register.is_gpr() && register.size() == usize::from(self.word);
-        match instruction.flow_control() {
-            FlowControl::Next => {}
-            FlowControl::UnconditionalBranch if near(instruction.op0_kind()) => return Class::Jump,
-            FlowControl::ConditionalBranch
-                if instruction.is_jcc_short_or_near() && near(instruction.op0_kind()) =>
-            {
-                return Class::JumpIf;
-            }
-            FlowControl::Call if near(instruction.op0_kind()) => return Class::Call,
-            FlowControl::IndirectBranch | FlowControl::IndirectCall => {
-                let fits = match instruction.op0_kind() {
-                    OpKind::Register => wide(instruction.op0_register()),
-                    _ => {
-                        instruction.memory_size() == MemorySize::QwordOffset && self.can_address(instruction)
-                    }
-                };
-                return match (fits, instruction.mnemonic()) {
-                    (true, Jmp) => Class::JumpIndirect,
-                    (true, Call) => Class::CallIndirect,
-                    _ => Class::Interpret,
-                };
-            }
-            FlowControl::Return
-                if match self.word {
-                    8 => matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16),
-                    _ => matches!(instruction.code(), Code::Retnd | Code::Retnd_imm16),
-                } =>
-            {
-                return Class::Return;
-            }
-            _ => return Class::Interpret,
-        }
-        match instruction.mnemonic() {
-            Nop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Prefetcht0 | Prefetcht1 | Prefetcht2
-            | Prefetchnta | Prefetchw | Prefetch | Prefetchwt1 => return Class::Nothing,
-            // On some processors undefined.
-            Reservednop => return Class::Interpret,
-            // In 32-bit code there are only eight registers to be cleared.
-            Vzeroupper | Vzeroall if self.word == 4 => return Class::Interpret,
-            Push => return self.classify_push(instruction),
-            Pop if instruction.op0_kind() == OpKind::Register && wide(instruction.op0_register()) => {
-                return Class::Pop;
-            }
-            Leave if instruction.code() == if self.word == 8 { Code::Leaveq } else { Code::Leaved } => {
-                return Class::Leave;
-            }
-            Pause => return Class::Plain,
-            _ => {}
-        }
-        if !classify::is_native(instruction) {
-            return Class::Interpret;
-        }
-        if classify::touches_x87(instruction) && !self.variant.has_x87() {
-            return Class::Interpret;
-        }
-        // What may unmask exceptions, and what stores addresses of instructions.
-        if matches!(
-            instruction.mnemonic(),
-            Ldmxcsr | Stmxcsr | Vldmxcsr | Vstmxcsr | Fldcw | Fldenv | Fnstenv | Frstor | Fnsave
-        ) {
-            return Class::Interpret;
-        }
-        let memory = (0..instruction.op_count()).any(|i| instruction.op_kind(i) == OpKind::Memory);
-        if !self.registers_fit(instruction, memory) {
-            return Class::Interpret;
-        }
-        if !memory {
-            return Class::Plain;
-        }
-        if !self.can_address(instruction) || classify::bit_offset_register(instruction).is_some() {
-            return Class::Interpret;
-        }
-        if instruction.mnemonic() == Lea {
-            return Class::Address;
-        }
-        match classify::memory_use_of(instruction) {
-            (MemoryUse::None | MemoryUse::Address, _) => Class::Nothing,
-            (MemoryUse::Read, _)
-                if matches!(instruction.mnemonic(), Clflush | Clflushopt | Clwb | Cldemote) =>
-            {
-                Class::Interpret
-            }
-            (_, bytes) if bytes == 0 || bytes > 64 => Class::Interpret,
-            (usage, _) => Class::Memory(usage),
-        }
-    }
-
-    fn classify_push(&self, instruction: &Instruction) -> Class {
-        let fits = match instruction.op0_kind() {
-            OpKind::Register => instruction.op0_register().is_gpr(),
-            OpKind::Memory => self.can_address(instruction),
-            _ => true,
-        } && instruction.stack_pointer_increment() == -i32::from(self.word);
-        if fits { Class::Push } else { Class::Interpret }
-    }
-
-    /// Whether the operands' registers can be had at the same time: at most so many of them live in memory as there are
-    /// scratch registers, and high bytes only together with registers that need no REX prefix.
-    fn registers_fit(&self, instruction: &Instruction, memory: bool) -> bool {
-        let operands = (0..instruction.op_count())
-            .filter(|i| instruction.op_kind(*i) == OpKind::Register)
-            .map(|i| instruction.op_register(i))
-            .filter(|r| r.is_gpr());
-        let (mut high, mut rex) = (false, memory);
-        let mut in_memory: Vec<Register> = Vec::new();
-        for register in operands {
-            let full = register.full_register();
-            if is_high_byte(register) {
-                high = true;
-                continue;
-            }
-            match home(full.number()) {
-                Some(host) => rex |= host.0 >= 8 || register.size() == 1 && host.0 >= 4,
-                None => {
-                    rex = true;
-                    if !in_memory.contains(&full) {
-                        in_memory.push(full);
-                    }
-                }
-            }
-        }
-        let scratch = if memory { 1 } else { 2 };
-        in_memory.len() <= scratch && !(high && rex)
-    }
-
-    /// Where the flags should be when the block begins.
-    fn start(&self, instructions: &[Instruction], classes: &[Class]) -> Place {
-        for ((instruction, class), op) in instructions.iter().zip(classes).zip(&self.block.ops) {
-            match class {
-                Class::Nothing | Class::Address => {}
-                Class::Plain if is_faulting(instruction) || self.has_to_load(op) => return Place::Memory,
-                Class::Plain => match usage(instruction) {
-                    Use::None => {}
-                    Use::Replaces => return Place::Both,
-                    Use::Needs { .. } => return Place::Host,
-                },
-                Class::JumpIf => return Place::Host,
-                Class::Jump => return Place::Host,
-                _ => return Place::Memory,
-            }
-        }
-        Place::Host
-    }
-
-    // ---- flags ----------------------------------------------------------------------------------------------------
-
-    /// Makes sure that the host's flags may be used for something else: the guest's are in memory, or can be had again.
-    pub fn free_flags(&mut self) {
-        if self.flags == Place::Host && self.recipe_lasts() {
-            self.flags = Place::Repeat;
-        }
-        if self.flags == Place::Host {
-            self.save_flags();
-        }
-    }
-
-    /// As [`Builder::free_flags`], before an instruction that may fault and uses flags so: what makes them again must not be
-    /// done only for the instruction and leave the fault without.
-    pub fn free_flags_before_fault(&mut self, usage: Use) {
-        match usage {
-            Use::Needs { .. } => self.save_flags(),
-            _ => self.free_flags(),
-        }
-    }
-
-    /// Makes memory hold the flags.
-    pub fn save_flags(&mut self) {
-        if self.flags == Place::Repeat {
-            self.restore_flags();
-        }
-        if self.flags == Place::Host {
-            runtime::save_flags(&mut self.asm);
-            self.flags = Place::Both;
-        }
-    }
-
-    /// Notes that the host's flags have been used for something else.
-    pub fn clobber_flags(&mut self) {
-        debug_assert!(self.flags != Place::Host);
-        if self.flags == Place::Both {
-            self.flags = Place::Memory;
-        }
-    }
-
-    /// Makes the host's flags those of the guest. [`T1`] is lost.
-    pub fn restore_flags(&mut self) {
-        match (self.flags, self.recipe) {
-            (Place::Memory, _) => {
-                runtime::restore_flags(&mut self.asm);
-                self.flags = Place::Both;
-            }
-            (Place::Repeat, Some(recipe)) => {
-                self.native(&recipe.instruction, &[T1]);
-                self.flags = Place::Host;
-            }
-            _ => {}
-        }
-    }
-
-    /// The recipe, if the flags are nowhere else.
-    fn recipe_in_use(&self) -> Option<Recipe> {
-        self.recipe.filter(|_| self.flags == Place::Repeat)
-    }
-
-    /// In a cold stub: makes the flags again, to memory.
-    fn repeat_and_save(&mut self, recipe: Option<Recipe>) {
-        if let Some(recipe) = recipe {
-            self.native(&recipe.instruction, &[T1]);
-            runtime::save_flags(&mut self.asm);
-        }
-    }
-
-    /// Whether the recipe's registers keep their values until the flags are set anew, or are wanted in their place.
-    fn recipe_lasts(&self) -> bool {
-        let Some(recipe) = self.recipe else { return false };
-        for (class, effects) in self.classes[self.current..].iter().zip(&self.effects[self.current..]) {
-            match class {
-                Class::Nothing
-                | Class::Address
-                | Class::Plain
-                | Class::Memory(_)
-                | Class::Push
-                | Class::Pop
-                | Class::Leave => {}
-                // There they are made again.
-                _ => return true,
-            }
-            match effects.flags {
-                Use::Replaces => return true,
-                Use::Needs { .. } => return true,
-                Use::None => {}
-            }
-            if effects.written & recipe.reads != 0 {
-                return false;
-            }
-        }
-        true
-    }
-
-    // ---- sites, stubs, links --------------------------------------------------------------------------------------
-
-    /// A site for the current instruction, with a cold stub that calls Rust code for it. `resume` is where the code goes
-    /// on after the instruction, if it does.
-    pub fn site(&mut self, purpose: SitePurpose, resume: Option<Label>) -> Label {
-        let label = self.asm.label();
-        let (purpose, retry) = match purpose {
-            SitePurpose::Access { address, len, write, alignment, retry } => {
-                (Purpose::Access { address, len, write, alignment, retry: 0 }, Some(retry))
-            }
-            SitePurpose::Interpret => (Purpose::Interpret, None),
-        };
-        let number = self.first_site + self.sites.len() as u32;
-        let op = &raw const self.block.ops[self.current];
-        let site = Site { op, offset: self.offset as u16, variant: self.variant, purpose, resume: 0 };
-        self.sites.push((site, retry, resume));
-        let flags = self.recipe_in_use();
-        self.cold.push(Cold::Slow { label, site: number, flags });
-        label
-    }
-
-    /// Pushes a register on the stack of translated code.
-    pub fn push_shadow(&mut self, register: Reg) {
-        self.may_fill_stack();
-        self.asm.push(register);
-    }
-
-    /// The next instruction pushes: where the stack of translated code is full, it begins anew first.
-    fn may_fill_stack(&mut self) {
-        let (again, full) = (self.asm.label(), self.asm.label());
-        self.asm.bind(again);
-        self.faults.push((self.asm.address(), full));
-        self.cold.push(Cold::FullStack { label: full, again });
-    }
-
-    /// A cold stub that leaves with RIP at an offset of the page; the flags have to be in memory.
-    pub fn exit(&mut self, offset: i64) -> Label {
-        let label = self.asm.label();
-        let flags = self.recipe_in_use();
-        self.cold.push(Cold::Exit { label, offset: offset as i32, flags });
-        label
-    }
-
-    /// A branch within the page: `emit` writes the jump to the label it gets.
-    pub fn link(&mut self, offset: i64, emit: impl FnOnce(&mut Asm, Label)) {
-        let label = self.asm.label();
-        emit(&mut self.asm, label);
-        let number = self.first_link + self.links.len() as u32;
-        // The rel32 is the last field of the jump.
-        self.links.push(NewLink {
-            unlinked: label,
-            field: self.asm.size() - 4,
-            flags: self.flags,
-            guard: None,
-        });
-        self.cold.push(Cold::Unlinked { label, link: number, offset: offset as i32, flags: self.flags });
-    }
-
-    /// A branch into another page, or to what may reach into one; the flags have to be in memory, the host's are lost. `emit`
-    /// writes the jump or call to the label it gets.
-    pub fn link_to_page(&mut self, offset: i64, emit: impl FnOnce(&mut Asm, Label)) {
-        self.clobber_flags();
-        let unlinked = self.asm.label();
-        let guard = self.asm.cmp_area_wide(run_offset!(epochs), 0);
-        self.asm.jcc(cond::NE, unlinked);
-        let page = offset & !(PAGE_SIZE as i64 - 1);
-        if page != 0 {
-            self.load_rip(T0, page);
-            self.asm.store(Width::W64, Rm::Area(run_offset!(page)), T0);
-        }
-        let label = self.asm.label();
-        emit(&mut self.asm, label);
-        let field = self.asm.size() - 4;
-        let number = self.first_link + self.links.len() as u32;
-        self.links.push(NewLink { unlinked, field, flags: self.flags, guard: Some(guard) });
-        // The jump itself is not reached before it is linked.
-        self.cold.push(Cold::Unlinked {
-            label: unlinked,
-            link: number,
-            offset: offset as i32,
-            flags: self.flags,
-        });
-        self.cold.push(Cold::Never { label });
-    }
-
-    fn finish(mut self, block: Arc<Block>, entry_host: u64, entry_memory: u64, entry_both: u64) -> NewUnit {
-        let base = self.asm.address() - self.asm.size() as u64;
-        for cold in std::mem::take(&mut self.cold) {
-            match cold {
-                Cold::Slow { label, site, flags } => {
-                    self.asm.bind(label);
-                    self.repeat_and_save(flags);
-                    self.asm.mov_imm32(T1, site);
-                    self.asm.jmp_to(self.routines.slow);
-                }
-                Cold::Exit { label, offset, flags } => {
-                    self.asm.bind(label);
-                    self.repeat_and_save(flags);
-                    self.asm.mov_simm32(T1, offset);
-                    self.asm.jmp_to(self.routines.exit);
-                }
-                Cold::Unlinked { label, link, offset, flags } => {
-                    self.asm.bind(label);
-                    self.asm.store_imm(Width::W32, Rm::Area(run_offset!(link)), link as i32);
-                    self.asm.mov_simm32(T1, offset);
-                    let host = flags != Place::Memory;
-                    self.asm.jmp_to(if host { self.routines.exit_host_flags } else { self.routines.exit });
-                }
-                Cold::FullStack { label, again } => {
-                    self.asm.bind(label);
-                    self.asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
-                    self.asm.jmp(again);
-                }
-                Cold::Never { label } => {
-                    self.asm.bind(label);
-                    self.asm.ud2();
-                }
-            }
-        }
-        let place = |label: Label| self.asm.offset_of(label).map_or(0, |offset| base + offset as u64);
-        let sites = self
-            .sites
-            .iter()
-            .map(|(site, retry_label, resume)| {
-                let mut site = *site;
-                if let (Purpose::Access { retry, .. }, Some(label)) = (&mut site.purpose, retry_label) {
-                    *retry = place(*label);
-                }
-                site.resume = resume.map_or(0, place);
-                site
-            })
-            .collect();
-        let links = self
-            .links
-            .iter()
-            .map(|new| Link {
-                field: base + new.field as u64,
-                unlinked: place(new.unlinked),
-                flags: new.flags,
-                guard: new.guard.map(|(offset, number)| Guard {
-                    offset: base + offset as u64,
-                    number: base + number as u64,
-                }),
-            })
-            .collect();
-        let faults = self.faults.iter().map(|(at, label)| (*at, place(*label))).collect();
-        NewUnit {
-            block,
-            variant: self.variant,
-            code: self.asm.finish(),
-            entry_host,
-            entry_memory,
-            entry_both,
-            sites,
-            links,
-            faults,
-        }
-    }
-
     // ---- instructions -----------------------------------------------------------------------------------------------
 
     /// Emits one instruction; returns whether the block ends with it.
@@ -712,7 +246,7 @@ impl Builder<'_> {
         self.flags = Place::Both;
     }
 
-    fn has_to_load(&self, op: &Op) -> bool {
+    pub fn has_to_load(&self, op: &Op) -> bool {
         op.class & (class::X87 | class::WAIT | class::MMX) != 0 && !self.x87_loaded
             || op.class & (class::SSE | class::AVX) != 0 && !self.vectors_loaded
     }
@@ -760,37 +294,6 @@ impl Builder<'_> {
         }
         self.asm.bind(resume);
         self.note_flags(usage);
-    }
-
-    /// What an instruction's execution means for the recipe.
-    fn note_effects(&mut self, instruction: &Instruction, class: Class) {
-        let effects = self.effects[self.current];
-        match class {
-            Class::Nothing | Class::JumpIf => {}
-            Class::Interpret => self.recipe = None,
-            Class::Plain | Class::Memory(_) if effects.flags != Use::None => {
-                let overwrites = |recipe: Recipe| recipe.reads & effects.written != 0;
-                if effects.flags == Use::Replaces {
-                    self.recipe = Recipe::of(instruction);
-                } else if effects.flags != (Use::Needs { changes: false })
-                    || self.recipe.is_some_and(overwrites)
-                {
-                    self.recipe = None;
-                }
-            }
-            _ if self.recipe.is_some_and(|recipe| recipe.reads & effects.written != 0) => {
-                debug_assert!(self.flags != Place::Repeat, "the flags are lost");
-                self.recipe = None;
-            }
-            _ => {}
-        }
-    }
-
-    /// What an instruction's execution means for the place of the flags.
-    pub fn note_flags(&mut self, usage: Use) {
-        if matches!(usage, Use::Replaces | Use::Needs { changes: true }) {
-            self.flags = Place::Host;
-        }
     }
 
     /// Emits an instruction that the host may fault on; then the interpreter executes it and finds out why.
@@ -909,17 +412,4 @@ impl Builder<'_> {
             None => self.asm.store(Width::W64, Rm::Area(gpr_offset(guest)), from),
         }
     }
-}
-
-/// [`Purpose`] before addresses are known.
-#[derive(Clone, Copy)]
-pub(super) enum SitePurpose {
-    Access { address: AddressSource, len: u8, write: bool, alignment: u8, retry: Label },
-    Interpret,
-}
-
-/// Whether the host processor can fault in the instruction itself.
-pub(super) fn is_faulting(instruction: &Instruction) -> bool {
-    matches!(instruction.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
-        || classify::alignment_of(instruction) > 1
 }

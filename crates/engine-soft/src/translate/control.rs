@@ -6,10 +6,11 @@ use iced_x86::{Instruction, OpKind};
 use x86::paging::PAGE_SIZE;
 
 use super::asm::{Address, Alu, Label, Reg, Rm, Width, cond};
-use super::block::{Builder, SitePurpose};
+use super::block::Builder;
 use super::flags::Place;
 use super::memory::Operand;
 use super::registers::{T0, T1};
+use super::stubs::SitePurpose;
 use super::targets::{INDEX_BITS, MIX_SHIFT, Table, Target};
 use crate::area::{ATTENTION_OFFSET, Layout, run_offset};
 

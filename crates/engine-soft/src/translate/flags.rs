@@ -7,7 +7,10 @@
 
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits};
 
-use super::registers::{home, is_high_byte};
+use super::block::Builder;
+use super::classes::Class;
+use super::registers::{T1, home, is_high_byte};
+use super::runtime;
 
 /// OF, SF, ZF, AF, CF, PF.
 const STATUS: u32 =
@@ -126,5 +129,139 @@ fn may_leave_flags(instruction: &Instruction) -> bool {
         }
         Bsf | Bsr | Div | Idiv | Mul | Imul => true,
         _ => false,
+    }
+}
+
+/// What an instruction does to flags and registers.
+#[derive(Clone, Copy)]
+pub(super) struct Effects {
+    pub flags: Use,
+    /// General registers that it changes, a bit each.
+    pub written: u16,
+}
+
+impl Builder<'_> {
+    /// Makes sure that the host's flags may be used for something else: the guest's are in memory, or can be had again.
+    pub fn free_flags(&mut self) {
+        if self.flags == Place::Host && self.recipe_lasts() {
+            self.flags = Place::Repeat;
+        }
+        if self.flags == Place::Host {
+            self.save_flags();
+        }
+    }
+
+    /// As [`Builder::free_flags`], before an instruction that may fault and uses flags so: what makes them again must not be
+    /// done only for the instruction and leave the fault without.
+    pub fn free_flags_before_fault(&mut self, usage: Use) {
+        match usage {
+            Use::Needs { .. } => self.save_flags(),
+            _ => self.free_flags(),
+        }
+    }
+
+    /// Makes memory hold the flags.
+    pub fn save_flags(&mut self) {
+        if self.flags == Place::Repeat {
+            self.restore_flags();
+        }
+        if self.flags == Place::Host {
+            runtime::save_flags(&mut self.asm);
+            self.flags = Place::Both;
+        }
+    }
+
+    /// Notes that the host's flags have been used for something else.
+    pub fn clobber_flags(&mut self) {
+        debug_assert!(self.flags != Place::Host);
+        if self.flags == Place::Both {
+            self.flags = Place::Memory;
+        }
+    }
+
+    /// Makes the host's flags those of the guest. [`T1`] is lost.
+    pub fn restore_flags(&mut self) {
+        match (self.flags, self.recipe) {
+            (Place::Memory, _) => {
+                runtime::restore_flags(&mut self.asm);
+                self.flags = Place::Both;
+            }
+            (Place::Repeat, Some(recipe)) => {
+                self.native(&recipe.instruction, &[T1]);
+                self.flags = Place::Host;
+            }
+            _ => {}
+        }
+    }
+
+    /// The recipe, if the flags are nowhere else.
+    pub(super) fn recipe_in_use(&self) -> Option<Recipe> {
+        self.recipe.filter(|_| self.flags == Place::Repeat)
+    }
+
+    /// In a cold stub: makes the flags again, to memory.
+    pub(super) fn repeat_and_save(&mut self, recipe: Option<Recipe>) {
+        if let Some(recipe) = recipe {
+            self.native(&recipe.instruction, &[T1]);
+            runtime::save_flags(&mut self.asm);
+        }
+    }
+
+    /// Whether the recipe's registers keep their values until the flags are set anew, or are wanted in their place.
+    fn recipe_lasts(&self) -> bool {
+        let Some(recipe) = self.recipe else { return false };
+        for (class, effects) in self.classes[self.current..].iter().zip(&self.effects[self.current..]) {
+            match class {
+                Class::Nothing
+                | Class::Address
+                | Class::Plain
+                | Class::Memory(_)
+                | Class::Push
+                | Class::Pop
+                | Class::Leave => {}
+                // There they are made again.
+                _ => return true,
+            }
+            match effects.flags {
+                Use::Replaces => return true,
+                Use::Needs { .. } => return true,
+                Use::None => {}
+            }
+            if effects.written & recipe.reads != 0 {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// What an instruction's execution means for the recipe.
+    pub(super) fn note_effects(&mut self, instruction: &Instruction, class: Class) {
+        let effects = self.effects[self.current];
+        match class {
+            Class::Nothing | Class::JumpIf => {}
+            Class::Interpret => self.recipe = None,
+            Class::Plain | Class::Memory(_) if effects.flags != Use::None => {
+                let overwrites = |recipe: Recipe| recipe.reads & effects.written != 0;
+                if effects.flags == Use::Replaces {
+                    self.recipe = Recipe::of(instruction);
+                } else if effects.flags != (Use::Needs { changes: false })
+                    || self.recipe.is_some_and(overwrites)
+                {
+                    self.recipe = None;
+                }
+            }
+            _ if self.recipe.is_some_and(|recipe| recipe.reads & effects.written != 0) => {
+                debug_assert!(self.flags != Place::Repeat, "the flags are lost");
+                self.recipe = None;
+            }
+            _ => {}
+        }
+    }
+
+    /// What an instruction's execution means for the place of the flags.
+    pub fn note_flags(&mut self, usage: Use) {
+        if matches!(usage, Use::Replaces | Use::Needs { changes: true }) {
+            self.flags = Place::Host;
+        }
     }
 }

@@ -5,10 +5,12 @@ use std::mem::offset_of;
 use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
 
 use super::asm::{Address, Alu, Label, Reg, Rm, Width, cond};
-use super::block::{Builder, SitePurpose, is_faulting};
+use super::block::Builder;
 use super::cache::AddressSource;
+use super::classes::is_faulting;
 use super::flags::{Use, usage};
 use super::registers::{GUEST_RSP, T0, T1, home};
+use super::stubs::SitePurpose;
 use crate::area::{Layout, gpr_offset, run_offset, user_offset};
 use crate::cpu::{gpr, seg};
 use crate::interp::decode;

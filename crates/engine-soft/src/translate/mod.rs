@@ -7,7 +7,7 @@
 //!
 //! - [`registers`]: which guest register is where; [`asm`]: encodings of what the translator adds.
 //! - [`runtime`]: the ways in and out of translated code.
-//! - [`block`]: one block's code; [`flags`], [`memory`], [`control`]: its parts.
+//! - [`block`]: one block's code; [`classes`], [`flags`], [`memory`], [`control`], [`stubs`]: its parts.
 //! - [`cache`]: code memory, blocks by address, links between them; [`targets`]: the table of jump targets.
 //! - [`dispatch`]: when which code runs, and what happens between.
 //!
@@ -16,10 +16,12 @@
 pub mod asm;
 pub mod block;
 pub mod cache;
-pub mod control;
+mod classes;
+mod control;
 pub mod dispatch;
 pub mod flags;
-pub mod memory;
+mod memory;
 pub mod registers;
 pub mod runtime;
+mod stubs;
 pub mod targets;
