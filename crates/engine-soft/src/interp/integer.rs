@@ -548,7 +548,7 @@ fn bad_call<T: Int>(cpu: &mut Cpu, raised: Raised) -> F {
     let fault = cpu.fault;
     let offset = cpu.user.gpr[gpr::RSP].wrapping_sub(u64::from(T::BYTES)) & cpu.stack_mask;
     let address = cpu.linear(crate::cpu::seg::SS as u8, offset, T::BYTES, Access::Write)?;
-    cpu.probe_write(address, u64::from(T::BYTES))?;
+    cpu.probe_write(address, u64::from(T::BYTES)).map_err(|raised| cpu.on_stack(raised))?;
     cpu.fault = fault;
     cpu.fault_noncanonical = false;
     Err(raised)

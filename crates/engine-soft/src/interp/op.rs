@@ -171,7 +171,7 @@ impl Cpu {
 
     /// A non-canonical stack address is #SS, not #GP.
     #[cold]
-    fn on_stack(&mut self, raised: Raised) -> Raised {
+    pub(crate) fn on_stack(&mut self, raised: Raised) -> Raised {
         if self.fault_noncanonical {
             return self.raise(Exception::with_code(Vector::StackFault, 0));
         }

@@ -210,10 +210,10 @@ fn comparable_end(case: &Case<'_>, end: End) -> End {
             End::Fault { vector, error_code, address: address & !(PAGE - 1) }
         }
         // Which of its two operands CMPS looks at first is not defined, and AMD's processors do both.
-        End::Fault { vector: 14, error_code, .. }
+        End::Fault { vector: 13 | 14, .. }
             if matches!(case.instruction.mnemonic(), Cmpsb | Cmpsw | Cmpsd | Cmpsq) =>
         {
-            End::Fault { vector: 14, error_code, address: 0 }
+            End::Fault { vector: 14, error_code: 0, address: 0 }
         }
         // Nor whether the first or the last page of a state image.
         End::Fault { vector: 14, error_code, .. } if image => {
