@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// How long anything may take before it must be wrong. Far above what it takes (a boot on the soft engine, with all
+/// How long anything may take before it must be wrong. Far above what it takes (a boot on the interpreter, with all
 /// processors of the host busy five times over, has been seen to need more than eight minutes), because it is here to
 /// end a hung test, not to measure.
-const LIMIT: Duration = Duration::from_secs(1800);
+const LIMIT: Duration = Duration::from_secs(900);
 
 /// How much of the console's end an error shows.
 const TAIL_BYTES: usize = 3000;
