@@ -117,9 +117,42 @@ struct Fast {
 
 const EMPTY: Fast = Fast { linear: 0, key: u32::MAX, block: std::ptr::null() };
 
+/// log2 of the entries in [`Met`].
+const MET_BITS: u32 = 16;
+
+/// Which code was met before, longer than its blocks are kept: code that runs once in every process is worth a
+/// translation too. A direct-mapped table of hashes, which forgets.
+struct Met(Box<[u16]>);
+
+impl Met {
+    fn new() -> Self {
+        Met(vec![0; 1 << MET_BITS].into())
+    }
+
+    /// The entry for an address, and what is in it if the address was met.
+    fn entry(&mut self, gpa: u64, code_bits: u8) -> (&mut u16, u16) {
+        const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+        let hash = (gpa ^ u64::from(code_bits) << 56).wrapping_mul(MIX);
+        let tag = (hash >> MET_BITS) as u16 | 1;
+        (&mut self.0[(hash >> (64 - MET_BITS)) as usize], tag)
+    }
+
+    /// Whether the address was met; from now on it was.
+    fn meet(&mut self, gpa: u64, code_bits: u8) -> bool {
+        let (entry, tag) = self.entry(gpa, code_bits);
+        std::mem::replace(entry, tag) == tag
+    }
+
+    /// What is at the address now is new.
+    fn forget(&mut self, gpa: u64, code_bits: u8) {
+        *self.entry(gpa, code_bits).0 = 0;
+    }
+}
+
 /// All blocks of one vCPU.
 pub struct BlockCache {
     blocks: FxHashMap<(u64, u8), Arc<Block>>,
+    met: Met,
     /// Direct-mapped by linear address; emptied when translations may have changed.
     fast: Box<[Fast]>,
     /// Changes with every flush of `fast`, so that a flush need not touch it.
@@ -136,6 +169,7 @@ impl BlockCache {
     pub fn new(capacity: usize) -> Self {
         BlockCache {
             blocks: FxHashMap::default(),
+            met: Met::new(),
             fast: vec![EMPTY; FAST_ENTRIES].into(),
             epoch: 0,
             capacity,
@@ -206,11 +240,18 @@ impl BlockCache {
         let key = (block.gpa(), code_bits);
         if self.blocks.contains_key(&key) {
             self.flush_linear();
+        } else if self.met.meet(block.gpa(), code_bits) {
+            block.heat.store(1, Ordering::Relaxed);
         }
         let block = Arc::new(block);
         let pointer = Arc::as_ptr(&block);
         self.blocks.insert(key, block);
         pointer
+    }
+
+    /// The code at an address has changed: it is as if never met.
+    pub fn forget_heat(&mut self, gpa: u64, code_bits: u8) {
+        self.met.forget(gpa, code_bits);
     }
 
     /// Drops every block.

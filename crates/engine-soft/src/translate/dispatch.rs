@@ -268,6 +268,7 @@ impl Cpu {
             // Its page was written, maybe by a device: nothing of it can be relied on until it has been looked at.
             self.suspend_code(gpa);
             if !self.revalidate(&block) {
+                self.blocks.forget_heat(gpa, self.code_bits);
                 return Ok(None);
             }
         }
