@@ -13,6 +13,7 @@ use std::sync::atomic::AtomicU32;
 
 use crate::tlb::Tables;
 use crate::translate::cache::Epoch;
+use crate::translate::spans::MAX_SPANS;
 use crate::translate::targets::Targets;
 use crate::user::UserRegs;
 
@@ -46,6 +47,8 @@ pub struct RunState {
     pub epochs: [u32; 2],
     /// The branch that translated code was left through, if it can be linked; else [`NO_LINK`].
     pub link: u32,
+    /// Host addresses of the running block's spans.
+    pub spans: [u64; MAX_SPANS],
 }
 
 /// No branch.

@@ -18,6 +18,7 @@ use super::classes::{Class, is_faulting};
 use super::flags::{Effects, Place, Recipe, Use, usage, written_registers};
 use super::registers::{T0, T1, home, is_high_byte, part};
 use super::runtime::{self, Kind, Routines};
+use super::spans::Spans;
 use super::stubs::{Cold, NewLink, SitePurpose};
 use crate::area::{ATTENTION_OFFSET, gpr_offset, run_offset};
 use crate::cpu::class;
@@ -53,6 +54,10 @@ pub(super) struct Builder<'a> {
     /// What the block's instructions are.
     pub classes: Vec<Class>,
     pub effects: Vec<Effects>,
+    /// Which accesses share lookups.
+    pub spans: Spans,
+    /// The span whose host address is in [`T0`].
+    pub held: Option<u8>,
     /// Where the flags are at this point.
     pub flags: Place,
     /// The instruction being translated, and its place.
@@ -94,6 +99,8 @@ pub fn translate(
         recipe: None,
         classes: Vec::new(),
         effects: Vec::new(),
+        spans: Spans::default(),
+        held: None,
         flags: Place::Host,
         current: 0,
         offset: 0,
@@ -106,6 +113,7 @@ pub fn translate(
         .map(|i| Effects { flags: usage(i), written: written_registers(builder.info, i) })
         .collect();
     builder.classes = classes.clone();
+    builder.spans = builder.find_spans(&instructions);
 
     let (entry_host, entry_memory, entry_both);
     let start = builder.start(&instructions, &classes);
@@ -177,6 +185,8 @@ impl Builder<'_> {
         self.faults.truncate(before.4);
         self.flags = before.5;
         (self.x87_loaded, self.vectors_loaded) = loaded;
+        // What it was to look up for others is not looked up.
+        self.spans = Spans::default();
         self.emit(instruction, Class::Interpret, last)
     }
 
@@ -237,6 +247,7 @@ impl Builder<'_> {
     /// The interpreter's handler executes the instruction.
     fn interpret(&mut self, last: bool) {
         self.save_flags();
+        self.held = None;
         let resume = (!last).then(|| self.asm.label());
         let slow = self.site(SitePurpose::Interpret, resume);
         self.asm.jmp(slow);
@@ -268,6 +279,7 @@ impl Builder<'_> {
     fn call_unless(&mut self, word: i32, routine: u64) {
         self.free_flags();
         self.clobber_flags();
+        self.held = None;
         let skip = self.asm.label();
         self.asm.alu_imm(Alu::Cmp, Width::W32, Rm::Area(word), 0);
         self.asm.jcc(cond::NE, skip);
@@ -286,21 +298,22 @@ impl Builder<'_> {
         if matches!(usage, Use::Needs { .. }) {
             self.restore_flags();
         }
-        let resume = self.asm.label();
         if is_faulting(instruction) {
-            self.fault_exit(instruction, &[T1, T0], resume);
+            self.fault_exit(instruction, &[T1, T0]);
         } else {
             self.native(instruction, &[T1, T0]);
         }
-        self.asm.bind(resume);
         self.note_flags(usage);
     }
 
     /// Emits an instruction that the host may fault on; then the interpreter executes it and finds out why.
-    pub fn fault_exit(&mut self, instruction: &Instruction, scratch: &[Reg], resume: Label) {
+    pub fn fault_exit(&mut self, instruction: &Instruction, scratch: &[Reg]) {
+        let resume = self.asm.label();
         let stub = self.site(SitePurpose::Interpret, Some(resume));
         let at = self.native(instruction, scratch);
         self.faults.push((at, stub));
+        self.asm.bind(resume);
+        self.held = None;
     }
 
     /// Emits a guest instruction with its registers renamed; those that live in memory are in `scratch` meanwhile. Returns
@@ -330,6 +343,9 @@ impl Builder<'_> {
                     } else {
                         // `registers_fit` has counted them.
                         let Some(host) = free.next() else { break };
+                        if host == T0 {
+                            self.held = None;
+                        }
                         self.asm.load(Width::W64, host, Rm::Area(gpr_offset(number)));
                         let slot = usize::from(borrowed[0].is_some());
                         borrowed[slot] = Some((number, host, writes));
@@ -391,6 +407,9 @@ impl Builder<'_> {
 
     /// RIP at an offset of the page.
     pub fn load_rip(&mut self, to: Reg, offset: i64) {
+        if to == T0 {
+            self.held = None;
+        }
         self.asm.load(Width::W64, to, Rm::Area(run_offset!(page)));
         if offset != 0 {
             self.asm.lea(self.wide(), to, Address::base(to, offset as i32));

@@ -18,6 +18,9 @@ use crate::translate::runtime::{self, Kind, Routines, SlowPath};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Variant(u32);
 
+/// Bit of [`Variant`].
+const WITHOUT_SPANS: u32 = 1 << 4;
+
 /// The parts of a [`Variant`].
 #[derive(Clone, Copy, Debug)]
 pub struct VariantParts {
@@ -48,6 +51,21 @@ impl Variant {
     /// With which rights data are accessed.
     pub fn privilege(self) -> Privilege {
         PRIVILEGES[(self.0 & 3) as usize]
+    }
+
+    /// The same, but each access looks its address up by itself.
+    pub fn without_spans(self) -> Self {
+        Variant(self.0 | WITHOUT_SPANS)
+    }
+
+    /// Whether each access looks its address up by itself.
+    pub fn is_without_spans(self) -> bool {
+        self.0 & WITHOUT_SPANS != 0
+    }
+
+    /// What depends on the state of the vCPU alone.
+    pub fn of_state(self) -> Self {
+        Variant(self.0 & !WITHOUT_SPANS)
     }
 
     /// Which of the shared routines it uses.
@@ -108,8 +126,36 @@ pub enum Purpose {
         /// Where the lookup begins.
         retry: u64,
     },
+    /// The first of several accesses that share a lookup, whose span was not found in the TLB.
+    Span {
+        /// The access itself.
+        access: SpanLead,
+        /// Where the lookup begins.
+        retry: u64,
+        /// The branch to the same instruction in a translation without spans.
+        otherwise: u32,
+    },
     /// The interpreter executes the instruction.
     Interpret,
+}
+
+/// The first access of a span.
+#[derive(Clone, Copy, Debug)]
+pub struct SpanLead {
+    /// Where its own address comes from.
+    pub address: AddressSource,
+    /// Bytes that it accesses itself.
+    pub len: u8,
+    /// It is a store itself.
+    pub write: bool,
+    /// What its address has to be a multiple of.
+    pub alignment: u8,
+    /// Offset of its own first byte in the span.
+    pub offset: u16,
+    /// Bytes of the span.
+    pub span: u16,
+    /// One of the span's accesses is a store.
+    pub span_write: bool,
 }
 
 /// How a site's linear address is computed again.
@@ -147,6 +193,8 @@ pub struct Link {
     pub flags: Place,
     /// For a branch into another page, the comparison before it, which says whether the link still holds.
     pub guard: Option<Guard>,
+    /// It leads to a translation without spans.
+    pub without_spans: bool,
 }
 
 /// The fields of a comparison of a mapping's number (`RunState::epochs`) with the one that a branch was linked for.
@@ -310,6 +358,11 @@ impl Cache {
             self.arena.patch(guard.number, epoch.number.to_le_bytes());
         }
         self.lead(record.field, entry);
+    }
+
+    /// Whether a branch leads to a translation without spans.
+    pub fn is_without_spans(&self, link: u32) -> bool {
+        self.links[link as usize].without_spans
     }
 
     /// Whether a branch looks before it whether its target is still where it was.

@@ -95,11 +95,11 @@ impl Builder<'_> {
     /// The return address to the guest's stack, and, as the first of a pair, to that of translated code. The second is what
     /// the host's CALL pushes.
     fn push_return_address(&mut self, instruction: &Instruction) {
-        self.lookup(Operand::Stack(-(self.word as i8)), self.word, true, None);
-        self.asm.lea(Width::W64, T0, Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 });
+        let found = self.access(Operand::Stack(-(self.word as i8)), self.word, true, None);
+        let found = self.one_register(found);
         self.load_rip(T1, instruction.next_ip() as i64);
         self.push_shadow(T1);
-        self.asm.store(self.wide(), Rm::Memory(Address::base(T0, 0)), T1);
+        self.asm.store(self.wide(), Rm::Memory(found), T1);
         self.move_stack(-i32::from(self.word));
     }
 
@@ -128,14 +128,15 @@ impl Builder<'_> {
         self.save_flags();
         match instruction.op0_kind() {
             OpKind::Register => {
+                self.held = None;
                 self.load_guest(T0, instruction.op0_register().full_register().number());
                 if self.word == 4 {
                     self.asm.load(Width::W32, T0, Rm::Reg(T0));
                 }
             }
             _ => {
-                self.lookup(Operand::Of(instruction), self.word, false, None);
-                self.load_found(T0);
+                let found = self.access(Operand::Of(instruction), self.word, false, None);
+                self.load_found(T0, found);
             }
         }
         // An unknown target may be one that faults, before anything is pushed: the interpreter's case.
@@ -158,8 +159,8 @@ impl Builder<'_> {
     /// RET.
     pub fn ret(&mut self, instruction: &Instruction) {
         self.save_flags();
-        self.lookup(Operand::Stack(0), self.word, false, None);
-        self.load_found(T0);
+        let found = self.access(Operand::Stack(0), self.word, false, None);
+        self.load_found(T0, found);
         let arguments = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
         let not_paired = self.asm.label();
         self.asm.alu(Alu::Cmp, Width::W64, T0, Rm::Memory(Address::base(Reg::RSP, 8)));

@@ -3,18 +3,20 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
 use x86::Exception;
+use x86::paging::{PAGE_MASK, PAGE_SIZE};
 
 use super::block::{is_supported, translate};
-use super::cache::{AddressSource, Cache, Purpose, Site, Unit, Variant, VariantParts};
+use super::cache::{AddressSource, Cache, Purpose, Site, SpanLead, Unit, Variant, VariantParts};
 use super::runtime::Kind;
 use super::targets::Pages;
 use crate::area::NO_LINK;
 use crate::cpu::{Cpu, Mode, R, Raised, gpr, seg};
 use crate::interp::block::Block;
-use crate::interp::op::Flow;
+use crate::interp::op::{Flow, Op};
 use crate::mmu::{Access, Place};
 
 /// How often a block is interpreted before it is translated.
@@ -190,12 +192,20 @@ impl Cpu {
             return self.enter(variant.kind(), code);
         }
         self.counters.target_misses += 1;
-        let unit = match self.known_unit(variant)? {
+        let wanted = match unlinked {
+            Some(Unlinked { link, clears, .. })
+                if clears == translator.cache.clears() && translator.cache.is_without_spans(link) =>
+            {
+                variant.without_spans()
+            }
+            _ => variant,
+        };
+        let unit = match self.known_unit(wanted)? {
             Some(unit) => unit,
             None => {
                 let block = self.find_block()?;
                 // SAFETY: the block is alive until the cache is changed, which only this thread does.
-                match self.new_unit(unsafe { &*block }, variant) {
+                match self.new_unit(unsafe { &*block }, wanted) {
                     Some(unit) => unit,
                     None => return self.run_block(block),
                 }
@@ -204,7 +214,7 @@ impl Cpu {
         let Some(translator) = &self.translator else { return Ok(()) };
         let Unit { block, entry_memory: code, .. } = translator.cache.unit(unit);
         let (code, spans) = (*code, block.spans());
-        let next_page = rip.wrapping_add(x86::paging::PAGE_SIZE);
+        let next_page = rip.wrapping_add(PAGE_SIZE);
         let global = self.is_global_code(rip) && (!spans || self.is_global_code(next_page));
         let epoch = self.user.epoch(global);
         let Some(translator) = &mut self.translator else { return Ok(()) };
@@ -389,7 +399,7 @@ impl Cpu {
 
     /// Runs translated code until it is left.
     fn enter(&mut self, kind: Kind, code: u64) -> R<()> {
-        let page = self.user.rip & !x86::paging::PAGE_MASK;
+        let page = self.user.rip & !PAGE_MASK;
         let this: *mut Cpu = self;
         let run = self.user.run();
         run.page = page;
@@ -426,22 +436,24 @@ impl Cpu {
         let op = unsafe { &*site.op };
         self.user.rip = self.user.run().page.wrapping_add(u64::from(site.offset));
         self.next_ip = self.user.rip.wrapping_add(u64::from(op.len));
-        if let Purpose::Access { address, len, write, alignment, retry } = site.purpose {
-            let offset = match address {
-                AddressSource::Operand => op.offset(&self.user),
-                AddressSource::Stack(offset) => self.user.gpr[gpr::RSP].wrapping_add(offset as u64),
-            };
-            let segment = match address {
-                AddressSource::Operand => usize::from(op.segment),
-                AddressSource::Stack(_) => seg::SS,
-            };
-            let linear = self.wrap_linear(self.user.segment_base[segment].wrapping_add(offset));
-            let aligned = linear & (u64::from(alignment) - 1) == 0;
-            if aligned && self.now_in_tlb(linear, len, write) {
-                // A page that another vCPU wrote is no longer watched: before this one may write to it as to any other, it
-                // has to know that its own code there is not to be relied on. (RIP is still at the instruction.)
-                return if self.code_has_changed() { 0 } else { retry };
+        match site.purpose {
+            Purpose::Access { address, len, write, alignment, retry } => {
+                let linear = self.address_of(op, address);
+                let aligned = linear & (u64::from(alignment) - 1) == 0;
+                if aligned && self.now_in_tlb(linear, u64::from(len), write) {
+                    // A page that another vCPU wrote is no longer watched: before this one may write to it as to any other, it
+                    // has to know that its own code there is not to be relied on. (RIP is still at the instruction.)
+                    return if self.code_has_changed() { 0 } else { retry };
+                }
             }
+            Purpose::Span { access, retry, otherwise } => {
+                if self.span_now_in_tlb(op, access) {
+                    return if self.code_has_changed() { 0 } else { retry };
+                }
+                self.user.run().link = otherwise;
+                return 0;
+            }
+            Purpose::Interpret => {}
         }
         self.counters.handler_calls += 1;
         self.stop_block = false;
@@ -452,7 +464,7 @@ impl Cpu {
                 if flow == Flow::End
                     || self.stop_block
                     || code_changed
-                    || self.variant() != Some(site.variant)
+                    || self.variant() != Some(site.variant.of_state())
                 {
                     return 0;
                 }
@@ -468,19 +480,42 @@ impl Cpu {
         }
     }
 
+    /// The linear address of an access.
+    fn address_of(&self, op: &Op, source: AddressSource) -> u64 {
+        let (segment, offset) = match source {
+            AddressSource::Operand => (usize::from(op.segment), op.offset(&self.user)),
+            AddressSource::Stack(offset) => (seg::SS, self.user.gpr[gpr::RSP].wrapping_add(offset as u64)),
+        };
+        self.wrap_linear(self.user.segment_base[segment].wrapping_add(offset))
+    }
+
     /// Tries to enter an address in the TLB so that a lookup finds it.
-    fn now_in_tlb(&mut self, linear: u64, len: u8, write: bool) -> bool {
-        use x86::paging::{PAGE_MASK, PAGE_SIZE};
-        if (linear & PAGE_MASK) + u64::from(len) > PAGE_SIZE {
+    fn now_in_tlb(&mut self, linear: u64, len: u64, write: bool) -> bool {
+        if (linear & PAGE_MASK) + len > PAGE_SIZE {
             return false;
         }
         let access = if write { Access::Write } else { Access::Read };
-        if !matches!(self.translate(self.privilege, linear, access), Ok(Place::Host(_))) {
-            return false;
-        }
+        matches!(self.translate(self.privilege, linear, access), Ok(Place::Host(_)))
+            && self.is_in_tlb(linear, write)
+    }
+
+    fn is_in_tlb(&self, linear: u64, write: bool) -> bool {
         let entry = self.tlb().entry(self.privilege, linear);
         let tag = if write { entry.write } else { entry.read };
-        tag.load(std::sync::atomic::Ordering::Relaxed) == linear & !PAGE_MASK
+        tag.load(Ordering::Relaxed) == linear & !PAGE_MASK
+    }
+
+    /// As [`Cpu::now_in_tlb`] for a span, on behalf of its first access: of the others it is not known whether they will be
+    /// made, so that they must not make the page dirty.
+    fn span_now_in_tlb(&mut self, op: &Op, access: SpanLead) -> bool {
+        let linear = self.address_of(op, access.address);
+        let low = linear.wrapping_sub(u64::from(access.offset));
+        let aligned = linear & (u64::from(access.alignment) - 1) == 0;
+        if !aligned || (low & PAGE_MASK) + u64::from(access.span) > PAGE_SIZE {
+            return false;
+        }
+        self.now_in_tlb(linear, u64::from(access.len), access.write)
+            && self.is_in_tlb(linear, access.span_write)
     }
 }
 

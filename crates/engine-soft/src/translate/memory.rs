@@ -6,10 +6,11 @@ use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
 
 use super::asm::{Address, Alu, Label, Reg, Rm, Width, cond};
 use super::block::Builder;
-use super::cache::AddressSource;
+use super::cache::{AddressSource, SpanLead};
 use super::classes::is_faulting;
 use super::flags::{Use, usage};
 use super::registers::{GUEST_RSP, T0, T1, home};
+use super::spans::{Member, Which};
 use super::stubs::SitePurpose;
 use crate::area::{Layout, gpr_offset, run_offset, user_offset};
 use crate::cpu::{gpr, seg};
@@ -34,6 +35,13 @@ impl Operand<'_> {
         match self {
             Operand::Of(_) => AddressSource::Operand,
             Operand::Stack(offset) => AddressSource::Stack(offset),
+        }
+    }
+
+    fn alignment(self) -> u8 {
+        match self {
+            Operand::Of(instruction) => classify::alignment_of(instruction),
+            Operand::Stack(_) => 1,
         }
     }
 }
@@ -71,14 +79,16 @@ impl Builder<'_> {
         if narrow { Width::W32 } else { Width::W64 }
     }
 
-    /// The effective address of a memory operand, without its segment, into [`T0`]. [`T1`] may be lost, flags are not.
-    fn effective_address(&mut self, instruction: &Instruction) {
+    /// The effective address of a memory operand, without its segment, into [`T0`], or rather what is so much `below` it.
+    /// [`T1`] may be lost, flags are not.
+    fn effective_address(&mut self, instruction: &Instruction, below: i32) {
+        self.held = None;
         if instruction.is_ip_rel_memory_operand() {
-            self.load_rip(T0, instruction.ip_rel_memory_address() as i64);
+            self.load_rip(T0, instruction.ip_rel_memory_address() as i64 - i64::from(below));
             return;
         }
         let width = Self::address_width(instruction);
-        let displacement = instruction.memory_displacement64();
+        let displacement = instruction.memory_displacement64().wrapping_sub(below as u64);
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         if base == Register::None && index == Register::None {
             match width {
@@ -110,7 +120,7 @@ impl Builder<'_> {
 
     /// LEA.
     pub fn load_address(&mut self, instruction: &Instruction) {
-        self.effective_address(instruction);
+        self.effective_address(instruction, 0);
         let target = instruction.op0_register();
         let number = target.full_register().number();
         match target.size() {
@@ -127,15 +137,83 @@ impl Builder<'_> {
         }
     }
 
-    /// Looks an address up; afterwards [`T0`] plus [`T1`] is the operand's host address. The host's flags are lost and have
-    /// to be free for that. `resume` follows the instruction.
-    pub fn lookup(&mut self, operand: Operand<'_>, len: u8, write: bool, resume: Option<Label>) {
+    /// How an access shares a lookup.
+    fn member(&self, operand: Operand<'_>) -> Option<Member> {
+        let which = match operand {
+            Operand::Of(_) => Which::Operand,
+            Operand::Stack(_) => Which::Stack,
+        };
+        self.spans.member(self.current, which)
+    }
+
+    /// Whether an access finds what it needs without a comparison, so that the host's flags stay.
+    fn is_found(&self, operand: Operand<'_>) -> bool {
+        self.member(operand).is_some_and(|member| member.lead.is_none())
+    }
+
+    /// Makes sure that the host's flags are not needed if the access takes them.
+    fn free_flags_for(&mut self, operand: Operand<'_>) {
+        if !self.is_found(operand) {
+            self.free_flags();
+        }
+    }
+
+    /// Finds the host address of an access: that of [`FOUND`], or an offset from [`T0`], then [`T1`] is free. The host's
+    /// flags may be lost and have to be free for that. `resume` follows the instruction.
+    pub fn access(&mut self, operand: Operand<'_>, len: u8, write: bool, resume: Option<Label>) -> Address {
+        let Some(member) = self.member(operand) else {
+            self.lookup(operand, len, write, resume);
+            return FOUND;
+        };
+        let host = Rm::Area(run_offset!(spans) + 8 * i32::from(member.span));
+        if let Some(lead) = member.lead {
+            let access = SpanLead {
+                address: operand.source(),
+                len,
+                write,
+                alignment: operand.alignment(),
+                offset: member.offset as u16,
+                span: lead.len,
+                span_write: lead.write,
+            };
+            self.lookup_span(operand, access);
+            self.asm.lea(Width::W64, T0, FOUND);
+            self.asm.store(Width::W64, host, T0);
+        } else if self.held != Some(member.span) {
+            self.asm.load(Width::W64, T0, host);
+        }
+        self.held = Some(member.span);
+        Address::base(T0, member.offset)
+    }
+
+    /// Looks an address up; afterwards [`FOUND`] is the operand's host address. The host's flags are lost.
+    fn lookup(&mut self, operand: Operand<'_>, len: u8, write: bool, resume: Option<Label>) {
         self.clobber_flags();
         let retry = self.asm.label();
         self.asm.bind(retry);
+        self.linear_address(operand, 0);
+        let alignment = operand.alignment();
+        let purpose = SitePurpose::Access { address: operand.source(), len, write, alignment, retry };
+        let slow = self.site(purpose, resume);
+        self.look_up_address(u16::from(len), write, slow);
+    }
+
+    /// As [`Builder::lookup`], for the first access of a span and the whole of it.
+    fn lookup_span(&mut self, operand: Operand<'_>, access: SpanLead) {
+        self.clobber_flags();
+        let retry = self.asm.label();
+        self.asm.bind(retry);
+        self.linear_address(operand, i32::from(access.offset));
+        let slow = self.site(SitePurpose::Span { access, retry }, None);
+        self.look_up_address(access.span, access.span_write, slow);
+    }
+
+    /// The linear address that is so much `below` an operand, into [`T0`].
+    fn linear_address(&mut self, operand: Operand<'_>, below: i32) {
+        self.held = None;
         match operand {
             Operand::Of(instruction) => {
-                self.effective_address(instruction);
+                self.effective_address(instruction, below);
                 let segment = instruction.memory_segment();
                 if matches!(segment, Register::FS | Register::GS) {
                     let number = if segment == Register::FS { seg::FS } else { seg::GS };
@@ -143,17 +221,15 @@ impl Builder<'_> {
                     self.asm.alu(Alu::Add, self.wide(), T0, Rm::Area(base));
                 }
             }
-            Operand::Stack(0) => self.asm.load(self.wide(), T0, Rm::Reg(GUEST_RSP)),
-            Operand::Stack(offset) => {
-                self.asm.lea(self.wide(), T0, Address::base(GUEST_RSP, i32::from(offset)));
-            }
+            Operand::Stack(offset) => match i32::from(offset) - below {
+                0 => self.asm.load(self.wide(), T0, Rm::Reg(GUEST_RSP)),
+                offset => self.asm.lea(self.wide(), T0, Address::base(GUEST_RSP, offset)),
+            },
         }
-        let alignment = match operand {
-            Operand::Of(instruction) => classify::alignment_of(instruction),
-            Operand::Stack(_) => 1,
-        };
-        let purpose = SitePurpose::Access { address: operand.source(), len, write, alignment, retry };
-        let slow = self.site(purpose, resume);
+    }
+
+    /// Looks the linear address in [`T0`] up, or goes to `slow`.
+    fn look_up_address(&mut self, len: u16, write: bool, slow: Label) {
         let table = offset_of!(Layout, tlb) + self.variant.privilege() as usize * size_of::<Table>();
         let tags = table + if write { offset_of!(Table, write) } else { offset_of!(Table, read) };
         let hosts = table + offset_of!(Table, host);
@@ -174,17 +250,18 @@ impl Builder<'_> {
         let write = memory != MemoryUse::Read;
         let (_, bytes) = classify::memory_use_of(instruction);
         let resume = self.asm.label();
+        let operand = Operand::Of(instruction);
         if is_faulting(instruction) {
             self.free_flags_before_fault(usage);
         } else {
-            self.free_flags();
+            self.free_flags_for(operand);
         }
-        self.lookup(Operand::Of(instruction), bytes as u8, write, Some(resume));
+        let place = self.access(operand, bytes as u8, write, Some(resume));
 
         let mut found = *instruction;
         found.set_segment_prefix(Register::None);
-        found.set_memory_displacement64(0);
-        found.set_memory_displ_size(0);
+        found.set_memory_displacement64(place.displacement as u64);
+        found.set_memory_displ_size(u32::from(place.displacement != 0));
         found.set_memory_index_scale(1);
         found.set_memory_base(Register::R10);
         let in_memory = (0..instruction.op_count()).any(|i| {
@@ -194,18 +271,20 @@ impl Builder<'_> {
                 && home(register.full_register().number()).is_none()
         });
         let needs_flags = matches!(usage, Use::Needs { .. });
-        if in_memory || needs_flags {
-            // The second scratch register is wanted for something else.
-            self.asm.lea(Width::W64, T0, FOUND);
-            found.set_memory_index(Register::None);
-        } else {
-            found.set_memory_index(Register::R11);
+        found.set_memory_index(Register::None);
+        if place.index.is_some() {
+            if in_memory || needs_flags {
+                // The second scratch register is wanted for something else.
+                self.one_register(place);
+            } else {
+                found.set_memory_index(Register::R11);
+            }
         }
         if needs_flags {
             self.restore_flags();
         }
         if is_faulting(instruction) {
-            self.fault_exit(&found, &[T1], resume);
+            self.fault_exit(&found, &[T1]);
         } else {
             self.native(&found, &[T1]);
         }
@@ -213,9 +292,21 @@ impl Builder<'_> {
         self.note_flags(usage);
     }
 
+    /// Makes a found place one that [`T1`] is not needed for.
+    pub fn one_register(&mut self, found: Address) -> Address {
+        if found.index.is_none() {
+            return found;
+        }
+        self.asm.lea(Width::W64, T0, found);
+        Address::base(T0, 0)
+    }
+
     /// Loads an address, or what was pushed, from a found place.
-    pub fn load_found(&mut self, to: Reg) {
-        self.asm.load(self.wide(), to, Rm::Memory(FOUND));
+    pub fn load_found(&mut self, to: Reg, found: Address) {
+        self.asm.load(self.wide(), to, Rm::Memory(found));
+        if to == T0 {
+            self.held = None;
+        }
     }
 
     // ---- the stack ------------------------------------------------------------------------------------------------
@@ -223,50 +314,54 @@ impl Builder<'_> {
     /// PUSH.
     pub fn push(&mut self, instruction: &Instruction) {
         let resume = self.asm.label();
-        self.free_flags();
+        let stack = Operand::Stack(-(self.word as i8));
         let from_memory = instruction.op0_kind() == OpKind::Memory;
         if from_memory {
-            self.lookup(Operand::Of(instruction), self.word, false, Some(resume));
-            self.load_found(T0);
+            self.free_flags();
+            let found = self.access(Operand::Of(instruction), self.word, false, Some(resume));
+            self.load_found(T0, found);
             self.asm.store(Width::W64, Rm::Area(run_offset!(temporary)), T0);
         }
-        self.lookup(Operand::Stack(-(self.word as i8)), self.word, true, Some(resume));
+        self.free_flags_for(stack);
+        let found = self.access(stack, self.word, true, Some(resume));
         let wide = self.wide();
-        let found = Rm::Memory(FOUND);
         match instruction.op0_kind() {
             OpKind::Register => {
                 let number = instruction.op0_register().full_register().number();
                 match home(number) {
-                    Some(host) => self.asm.store(wide, found, host),
-                    None => {
-                        self.asm.lea(Width::W64, T0, FOUND);
-                        self.asm.load(Width::W64, T1, Rm::Area(gpr_offset(number)));
-                        self.asm.store(wide, Rm::Memory(Address::base(T0, 0)), T1);
-                    }
+                    Some(host) => self.asm.store(wide, Rm::Memory(found), host),
+                    None => self.store_word(found, gpr_offset(number)),
                 }
             }
-            OpKind::Memory => {
-                self.asm.lea(Width::W64, T0, FOUND);
-                self.asm.load(Width::W64, T1, Rm::Area(run_offset!(temporary)));
-                self.asm.store(wide, Rm::Memory(Address::base(T0, 0)), T1);
-            }
-            _ => self.asm.store_imm(wide, found, instruction.immediate(0) as i32),
+            OpKind::Memory => self.store_word(found, run_offset!(temporary)),
+            _ => self.asm.store_imm(wide, Rm::Memory(found), instruction.immediate(0) as i32),
         }
         self.move_stack(-i32::from(self.word));
         self.asm.bind(resume);
+        if from_memory {
+            self.held = None;
+        }
+    }
+
+    /// Stores a word of the area to a found place.
+    fn store_word(&mut self, found: Address, word: i32) {
+        let place = self.one_register(found);
+        self.asm.load(Width::W64, T1, Rm::Area(word));
+        self.asm.store(self.wide(), Rm::Memory(place), T1);
     }
 
     /// POP to a register.
     pub fn pop(&mut self, instruction: &Instruction) {
         let resume = self.asm.label();
-        self.free_flags();
-        self.lookup(Operand::Stack(0), self.word, false, Some(resume));
+        let stack = Operand::Stack(0);
+        self.free_flags_for(stack);
+        let found = self.access(stack, self.word, false, Some(resume));
         let number = instruction.op0_register().full_register().number();
         match home(number) {
-            Some(host) => self.load_found(host),
+            Some(host) => self.load_found(host, found),
             None => {
-                self.load_found(T0);
-                self.store_guest(number, T0);
+                self.load_found(T1, found);
+                self.store_guest(number, T1);
             }
         }
         if number != gpr::RSP {
@@ -278,24 +373,21 @@ impl Builder<'_> {
     /// LEAVE.
     pub fn leave(&mut self) {
         let resume = self.asm.label();
-        self.free_flags();
         // The frame that RBP points to, as an operand like any other.
-        self.clobber_flags();
-        self.lookup_frame(resume);
-        self.asm.lea(self.wide(), GUEST_RSP, Address::base(Reg::RBP, i32::from(self.word)));
-        self.load_found(Reg::RBP);
-        self.asm.bind(resume);
-    }
-
-    fn lookup_frame(&mut self, resume: Label) {
         let (code, base) = match self.word {
             8 => (Code::Mov_r64_rm64, Register::RBP),
             _ => (Code::Mov_r32_rm32, Register::EBP),
         };
-        let frame = Instruction::with2(code, base, MemoryOperand::with_base(base));
-        if let Ok(frame) = frame {
-            self.lookup(Operand::Of(&frame), self.word, false, Some(resume));
-        }
+        let Ok(frame) = Instruction::with2(code, base, MemoryOperand::with_base(base)) else {
+            self.refused = true;
+            return;
+        };
+        let frame = Operand::Of(&frame);
+        self.free_flags_for(frame);
+        let found = self.access(frame, self.word, false, Some(resume));
+        self.asm.lea(self.wide(), GUEST_RSP, Address::base(Reg::RBP, i32::from(self.word)));
+        self.load_found(Reg::RBP, found);
+        self.asm.bind(resume);
     }
 
     /// Adds to RSP without touching flags.

@@ -7,7 +7,8 @@
 //!
 //! - [`registers`]: which guest register is where; [`asm`]: encodings of what the translator adds.
 //! - [`runtime`]: the ways in and out of translated code.
-//! - [`block`]: one block's code; [`classes`], [`flags`], [`memory`], [`control`], [`stubs`]: its parts.
+//! - [`block`]: one block's code; [`classes`], [`flags`], [`memory`], [`control`], [`stubs`]: its parts;
+//!   [`spans`]: which accesses share a lookup.
 //! - [`cache`]: code memory, blocks by address, links between them; [`targets`]: the table of jump targets.
 //! - [`dispatch`]: when which code runs, and what happens between.
 //!
@@ -23,5 +24,6 @@ pub mod flags;
 mod memory;
 pub mod registers;
 pub mod runtime;
+pub mod spans;
 mod stubs;
 pub mod targets;

@@ -7,7 +7,7 @@ use x86::paging::PAGE_SIZE;
 
 use super::asm::{Asm, Label, Reg, Rm, Width, cond};
 use super::block::Builder;
-use super::cache::{AddressSource, Guard, Link, NewUnit, Purpose, Site};
+use super::cache::{AddressSource, Guard, Link, NewUnit, Purpose, Site, SpanLead};
 use super::flags::{Place, Recipe};
 use super::registers::{T0, T1};
 use crate::area::run_offset;
@@ -17,6 +17,8 @@ use crate::interp::block::Block;
 pub(super) enum Cold {
     /// Calls Rust code for a site.
     Slow { label: Label, site: u32, flags: Option<Recipe> },
+    /// As [`Cold::Slow`] for the first access of a span; leads straight to a translation without spans once there is one.
+    Span { label: Label, unlinked: Label, site: u32, link: u32, flags: Option<Recipe> },
     /// Leaves with RIP at an offset in the page.
     Exit { label: Label, offset: i32, flags: Option<Recipe> },
     /// Leaves likewise, asking for a link.
@@ -36,12 +38,14 @@ pub(super) struct NewLink {
     flags: Place,
     /// Offsets of the fields of its [`Guard`].
     guard: Option<(usize, usize)>,
+    without_spans: bool,
 }
 
 /// [`Purpose`] before addresses are known.
 #[derive(Clone, Copy)]
 pub(super) enum SitePurpose {
     Access { address: AddressSource, len: u8, write: bool, alignment: u8, retry: Label },
+    Span { access: SpanLead, retry: Label },
     Interpret,
 }
 
@@ -50,19 +54,40 @@ impl Builder<'_> {
     /// on after the instruction, if it does.
     pub fn site(&mut self, purpose: SitePurpose, resume: Option<Label>) -> Label {
         let label = self.asm.label();
+        let flags = self.recipe_in_use();
+        let site = self.first_site + self.sites.len() as u32;
         let (purpose, retry) = match purpose {
             SitePurpose::Access { address, len, write, alignment, retry } => {
                 (Purpose::Access { address, len, write, alignment, retry: 0 }, Some(retry))
             }
+            SitePurpose::Span { access, retry } => {
+                let (otherwise, unlinked) = (self.next_link(), self.asm.label());
+                // The jump is in the cold stub.
+                let flags_then = Place::Memory;
+                self.links.push(NewLink {
+                    unlinked,
+                    field: 0,
+                    flags: flags_then,
+                    guard: None,
+                    without_spans: true,
+                });
+                self.cold.push(Cold::Span { label, unlinked, site, link: otherwise, flags });
+                (Purpose::Span { access, retry: 0, otherwise }, Some(retry))
+            }
             SitePurpose::Interpret => (Purpose::Interpret, None),
         };
-        let number = self.first_site + self.sites.len() as u32;
         let op = &raw const self.block.ops[self.current];
+        if !matches!(purpose, Purpose::Span { .. }) {
+            self.cold.push(Cold::Slow { label, site, flags });
+        }
         let site = Site { op, offset: self.offset as u16, variant: self.variant, purpose, resume: 0 };
         self.sites.push((site, retry, resume));
-        let flags = self.recipe_in_use();
-        self.cold.push(Cold::Slow { label, site: number, flags });
         label
+    }
+
+    /// Number of the next branch.
+    fn next_link(&self) -> u32 {
+        self.first_link + self.links.len() as u32
     }
 
     /// Pushes a register on the stack of translated code.
@@ -91,14 +116,10 @@ impl Builder<'_> {
     pub fn link(&mut self, offset: i64, emit: impl FnOnce(&mut Asm, Label)) {
         let label = self.asm.label();
         emit(&mut self.asm, label);
-        let number = self.first_link + self.links.len() as u32;
+        let number = self.next_link();
         // The rel32 is the last field of the jump.
-        self.links.push(NewLink {
-            unlinked: label,
-            field: self.asm.size() - 4,
-            flags: self.flags,
-            guard: None,
-        });
+        let (field, flags) = (self.asm.size() - 4, self.flags);
+        self.links.push(NewLink { unlinked: label, field, flags, guard: None, without_spans: false });
         self.cold.push(Cold::Unlinked { label, link: number, offset: offset as i32, flags: self.flags });
     }
 
@@ -117,8 +138,9 @@ impl Builder<'_> {
         let label = self.asm.label();
         emit(&mut self.asm, label);
         let field = self.asm.size() - 4;
-        let number = self.first_link + self.links.len() as u32;
-        self.links.push(NewLink { unlinked, field, flags: self.flags, guard: Some(guard) });
+        let number = self.next_link();
+        let (flags, guard) = (self.flags, Some(guard));
+        self.links.push(NewLink { unlinked, field, flags, guard, without_spans: false });
         // The jump itself is not reached before it is linked.
         self.cold.push(Cold::Unlinked {
             label: unlinked,
@@ -142,6 +164,15 @@ impl Builder<'_> {
                 Cold::Slow { label, site, flags } => {
                     self.asm.bind(label);
                     self.repeat_and_save(flags);
+                    self.asm.mov_imm32(T1, site);
+                    self.asm.jmp_to(self.routines.slow);
+                }
+                Cold::Span { label, unlinked, site, link, flags } => {
+                    self.asm.bind(label);
+                    self.repeat_and_save(flags);
+                    self.asm.jmp(unlinked);
+                    self.links[(link - self.first_link) as usize].field = self.asm.size() - 4;
+                    self.asm.bind(unlinked);
                     self.asm.mov_imm32(T1, site);
                     self.asm.jmp_to(self.routines.slow);
                 }
@@ -175,7 +206,9 @@ impl Builder<'_> {
             .iter()
             .map(|(site, retry_label, resume)| {
                 let mut site = *site;
-                if let (Purpose::Access { retry, .. }, Some(label)) = (&mut site.purpose, retry_label) {
+                if let (Purpose::Access { retry, .. } | Purpose::Span { retry, .. }, Some(label)) =
+                    (&mut site.purpose, retry_label)
+                {
                     *retry = place(*label);
                 }
                 site.resume = resume.map_or(0, place);
@@ -193,6 +226,7 @@ impl Builder<'_> {
                     offset: base + offset as u64,
                     number: base + number as u64,
                 }),
+                without_spans: new.without_spans,
             })
             .collect();
         let faults = self.faults.iter().map(|(at, label)| (*at, place(*label))).collect();
