@@ -99,6 +99,11 @@ pub const FROM_ENGINE: &[&str] = &[
     "lm",
 ];
 
+/// On an AMD processor: it has nothing of what guests work around at a price (decision 0004).
+const UNAFFECTED_AMD: &[&str] = &["autoibrs", "srso_no", "tsa_sq_no", "tsa_l1_no", "amd_ssb_no"];
+/// On an Intel processor: there is a register that says so, and the one that IBRS comes with.
+const UNAFFECTED_INTEL: &[&str] = &["arch_capabilities", "spec_ctrl"];
+
 /// Features that need the host's operating system to have enabled the AVX state.
 const NEED_AVX_STATE: &[&str] = &["avx", "avx2", "fma", "f16c"];
 
@@ -221,6 +226,13 @@ fn offer(host: &Host) -> CpuidTable {
     match Vendor::of(&table) {
         Vendor::Intel => intel_leaves(&mut table, host),
         Vendor::Amd => amd_leaves(&mut table, host),
+    }
+    let unaffected = match Vendor::of(&table) {
+        Vendor::Intel => UNAFFECTED_INTEL,
+        Vendor::Amd => UNAFFECTED_AMD,
+    };
+    for feature in features::all().filter(|feature| unaffected.contains(&feature.name)) {
+        set(&mut table, &feature);
     }
     let highest = |range: std::ops::RangeInclusive<u32>| {
         table.entries().iter().map(|entry| entry.leaf).filter(|leaf| range.contains(leaf)).max()
@@ -460,7 +472,10 @@ mod tests {
         assert_eq!(amd.lookup(0x8000_0000, 0).eax, 0x8000_0021);
         assert_eq!(amd.lookup(0x8000_001d, 3).eax, 0x124);
         assert_eq!(amd.get(4, 0), None);
-        assert_eq!(amd.lookup(0x8000_0021, 0), CpuidResult { eax: 4, ..Default::default() });
+        let unaffected = CpuidResult { eax: 1 << 29 | 1 << 8 | 1 << 2, ecx: 6, ..Default::default() };
+        assert_eq!(amd.lookup(0x8000_0021, 0), unaffected);
+        assert_eq!(intel.lookup(7, 0).edx & 1 << 29, 1 << 29);
+        assert_eq!(amd.lookup(7, 0).edx & 1 << 29, 0);
         assert_eq!(amd.lookup(0x8000_0001, 0).edx & AMD_REPEATED, amd.lookup(1, 0).edx & AMD_REPEATED);
         for table in [intel, amd] {
             assert_eq!(table.lookup(0x8000_0008, 0).eax, 0x3034);

@@ -30,6 +30,8 @@ pub struct Msrs {
     pub tsc_aux: u64,
     /// TSC_ADJUST: what writes to it and to TSC have added to the TSC.
     pub tsc_adjust: u64,
+    /// SPEC_CTRL.
+    pub spec_ctrl: u64,
     /// PAT.
     pub pat: u64,
     /// MTRR_DEF_TYPE.
@@ -48,6 +50,33 @@ pub struct Msrs {
 
 /// CPUID leaf 7 EBX: there is a TSC_ADJUST.
 const TSC_ADJUST: u32 = 1 << 1;
+/// CPUID leaf 7 EDX: there are SPEC_CTRL and PRED_CMD.
+const SPECULATION_CONTROL: u32 = 1 << 26;
+/// CPUID leaf 7 EDX: there is ARCH_CAPABILITIES.
+const ARCH_CAPABILITIES: u32 = 1 << 29;
+/// Bits of ARCH_CAPABILITIES (SDM 4): RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO,
+/// SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO.
+const UNAFFECTED: u64 = 1 << 0
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
+/// CPUID leaf 80000021H EAX: EFER has an automatic IBRS.
+const AUTO_IBRS: u32 = 1 << 8;
+/// SPEC_CTRL.IBRS.
+const IBRS: u64 = 1 << 0;
+/// PRED_CMD.IBPB.
+const IBPB: u64 = 1 << 0;
 /// HWCR.TscFreqSel: the TSC counts at the frequency of the highest performance state.
 const HWCR_TSC_AT_P0: u64 = 1 << 24;
 /// DE_CFG: LFENCE waits for all earlier instructions.
@@ -101,6 +130,7 @@ impl Default for Msrs {
             sysenter_eip: 0,
             tsc_aux: 0,
             tsc_adjust: 0,
+            spec_ctrl: 0,
             pat: 0x0007_0406_0007_0406,
             mtrr_default: 0,
             mtrr_variable: [0; 16],
@@ -160,6 +190,8 @@ impl Cpu {
         Ok(match index {
             msr::TSC => self.tsc(),
             msr::TSC_ADJUST if self.has_tsc_adjust() => m.tsc_adjust,
+            msr::SPEC_CTRL if self.has_feature(SPECULATION_CONTROL) => m.spec_ctrl,
+            msr::ARCH_CAPABILITIES if self.has_feature(ARCH_CAPABILITIES) => UNAFFECTED,
             msr::EFER => self.control.efer,
             msr::STAR => m.star,
             msr::LSTAR => m.lstar,
@@ -213,6 +245,12 @@ impl Cpu {
             msr::TSC_ADJUST if self.has_tsc_adjust() => {
                 self.move_tsc(value.wrapping_sub(self.msrs.tsc_adjust))
             }
+            msr::SPEC_CTRL if self.has_feature(SPECULATION_CONTROL) => {
+                require(value & !IBRS == 0)?;
+                self.msrs.spec_ctrl = value;
+            }
+            // There is nothing to forget.
+            msr::PRED_CMD if self.has_feature(SPECULATION_CONTROL) => require(value & !IBPB == 0)?,
             msr::EFER => self.write_efer(value)?,
             msr::STAR => self.msrs.star = value,
             msr::LSTAR => {
@@ -273,6 +311,11 @@ impl Cpu {
         Ok(())
     }
 
+    /// Whether the model has a feature of leaf 7 EDX.
+    fn has_feature(&self, bit: u32) -> bool {
+        self.cpuid.lookup(7, 0).edx & bit != 0
+    }
+
     /// Whether the model has TSC_ADJUST.
     fn has_tsc_adjust(&self) -> bool {
         self.cpuid.lookup(7, 0).ebx & TSC_ADJUST != 0
@@ -304,15 +347,17 @@ impl Cpu {
     }
 
     fn write_efer(&mut self, value: u64) -> Result<(), BadMsr> {
-        const WRITABLE: u64 = efer::SCE | efer::LME | efer::NXE | efer::FFXSR;
+        const ALWAYS: u64 = efer::SCE | efer::LME | efer::NXE | efer::FFXSR;
+        let auto_ibrs = self.cpuid.lookup(0x8000_0021, 0).eax & AUTO_IBRS != 0;
+        let writable = ALWAYS | if auto_ibrs { efer::AUTO_IBRS } else { 0 };
         let old = self.control.efer;
-        if value & !(WRITABLE | efer::LMA) != 0 {
+        if value & !(writable | efer::LMA) != 0 {
             return Err(BadMsr::Refused);
         }
         if (value ^ old) & efer::LME != 0 && self.control.cr0 & cr0::PG != 0 {
             return Err(BadMsr::Refused);
         }
-        self.control.efer = value & WRITABLE | old & efer::LMA;
+        self.control.efer = value & writable | old & efer::LMA;
         if (value ^ old) & efer::NXE != 0 {
             self.flush_translations(false);
         }

@@ -129,6 +129,8 @@ pub mod efer {
     pub const SVME: u64 = 1 << 12;
     /// AMD fast FXSAVE.
     pub const FFXSR: u64 = 1 << 14;
+    /// AMD automatic IBRS.
+    pub const AUTO_IBRS: u64 = 1 << 21;
 }
 
 /// DR6, the debug status register.

@@ -81,6 +81,7 @@ pub mod cond {
 pub enum Alu {
     Add = 0,
     And = 4,
+    Sub = 5,
     Xor = 6,
     Cmp = 7,
 }
@@ -272,20 +273,9 @@ impl Asm {
 
     /// MOV of an immediate to memory: sign-extended to 64 bits.
     pub fn store_imm(&mut self, width: Width, to: Rm, value: i32) {
-        match width {
-            Width::W8 => {
-                self.modrm(&[], width, &[0xc6], 0, to);
-                self.code.push(value as u8);
-            }
-            Width::W16 => {
-                self.modrm(&[], width, &[0xc7], 0, to);
-                self.code.extend_from_slice(&(value as u16).to_le_bytes());
-            }
-            _ => {
-                self.modrm(&[], width, &[0xc7], 0, to);
-                self.code.extend_from_slice(&value.to_le_bytes());
-            }
-        }
+        let opcode = if width == Width::W8 { 0xc6 } else { 0xc7 };
+        self.modrm(&[], width, &[opcode], 0, to);
+        self.immediate(width, value);
     }
 
     /// LEA.
@@ -344,18 +334,46 @@ impl Asm {
 
     /// A register with a register or memory operand.
     pub fn alu(&mut self, operation: Alu, width: Width, to: Reg, from: Rm) {
-        self.modrm(&[], width, &[(operation as u8) << 3 | 3], to.0, from);
+        let opcode = if width == Width::W8 { 2 } else { 3 };
+        self.modrm(&[], width, &[(operation as u8) << 3 | opcode], to.0, from);
     }
 
     /// With an immediate.
     pub fn alu_imm(&mut self, operation: Alu, width: Width, to: Rm, value: i32) {
-        if let Ok(short) = i8::try_from(value) {
+        if width == Width::W8 {
+            self.modrm(&[], width, &[0x80], operation as u8, to);
+            self.code.push(value as u8);
+        } else if let Ok(short) = i8::try_from(value) {
             self.modrm(&[], width, &[0x83], operation as u8, to);
             self.code.push(short as u8);
         } else {
             self.modrm(&[], width, &[0x81], operation as u8, to);
-            self.code.extend_from_slice(&value.to_le_bytes());
+            self.immediate(width, value);
         }
+    }
+
+    /// TEST of a register or memory operand with a register.
+    pub fn test(&mut self, width: Width, first: Rm, second: Reg) {
+        let opcode = if width == Width::W8 { 0x84 } else { 0x85 };
+        self.modrm(&[], width, &[opcode], second.0, first);
+    }
+
+    /// TEST of a register with an immediate.
+    pub fn test_imm(&mut self, width: Width, first: Reg, value: i32) {
+        let opcode = if width == Width::W8 { 0xf6 } else { 0xf7 };
+        self.modrm(&[], width, &[opcode], 0, Rm::Reg(first));
+        self.immediate(width, value);
+    }
+
+    /// The immediate field of an instruction.
+    fn immediate(&mut self, width: Width, value: i32) {
+        let bytes = value.to_le_bytes();
+        let len = match width {
+            Width::W8 => 1,
+            Width::W16 => 2,
+            Width::W32 | Width::W64 => 4,
+        };
+        self.code.extend_from_slice(&bytes[..len]);
     }
 
     /// CMP of 32 bits of the area with an immediate that is not shortened; returns where the offset and the immediate are, so

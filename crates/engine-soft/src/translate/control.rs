@@ -55,11 +55,20 @@ impl Builder<'_> {
 
     /// Jcc; behind the last instruction of a block also the way on.
     pub fn jump_if(&mut self, instruction: &Instruction, last: bool) {
-        self.restore_flags();
         let condition = instruction.condition_code() as u8 - 1;
         let target = self.target_of(instruction);
         let next = instruction.next_ip() as i64;
-        if Self::is_near(target) && target > i64::from(self.offset) {
+        let is_near = Self::is_near(target);
+        let mut is_checked = target > i64::from(self.offset);
+        if is_near && !is_checked && self.recipe.is_some() {
+            // A loop: it notices what is wanted before the branch, since the flags can be had again.
+            self.repeat_flags();
+            let exit = self.exit(i64::from(self.offset));
+            self.check_attention(exit);
+            is_checked = true;
+        }
+        self.restore_flags();
+        if is_near && is_checked {
             self.link(target, |asm, label| asm.jcc(condition, label));
         } else {
             let fall_through = self.asm.label();

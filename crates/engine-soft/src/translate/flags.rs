@@ -1,15 +1,15 @@
 //! Where the guest's status flags are at each point of a block.
 //!
 //! They are in the host's flags after an instruction that sets them, until something of ours needs the host's flags (a TLB
-//! lookup compares). Before that they are saved to memory, or, if the instruction that set them can be repeated as long as
-//! anybody may ask for them, nothing is saved: they are made again where they are asked for, mostly in a cold stub. So at
+//! lookup compares). Before that they are saved to memory, or, if they can be made again as long as anybody may ask for
+//! them ([`super::recipe`]), nothing is saved: they are made again where they are asked for, mostly in a cold stub. So at
 //! every place where a block can be left, for a fault or an interrupt, they are exact.
 
-use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits};
 
 use super::block::Builder;
 use super::classes::Class;
-use super::registers::{T1, home, is_high_byte};
+use super::recipe::Recipe;
 use super::runtime;
 
 /// OF, SF, ZF, AF, CF, PF.
@@ -25,60 +25,8 @@ pub enum Place {
     Memory,
     /// In both.
     Both,
-    /// In neither: the last instruction that set them is repeated ([`Recipe`]).
+    /// In neither: they are made again ([`Recipe`]).
     Repeat,
-}
-
-/// How the flags that an instruction has set are made again.
-#[derive(Clone, Copy, Debug)]
-pub struct Recipe {
-    /// An instruction that sets the same flags and changes nothing else.
-    pub instruction: Instruction,
-    /// The general registers that it reads, a bit each.
-    pub reads: u16,
-}
-
-impl Recipe {
-    /// For an instruction that has just been executed, if there is one.
-    pub fn of(instruction: &Instruction) -> Option<Recipe> {
-        use Mnemonic::*;
-        let is_register = |i| {
-            let register = instruction.op_register(i);
-            instruction.op_kind(i) == OpKind::Register && register.is_gpr() && !is_high_byte(register)
-        };
-        let repeated = match instruction.mnemonic() {
-            Cmp | Test if is_register(0) && instruction.op1_kind() != OpKind::Memory => {
-                if instruction.op1_kind() == OpKind::Register && !is_register(1) {
-                    return None;
-                }
-                *instruction
-            }
-            // What these set depends on the result alone.
-            And | Or | Xor if is_register(0) && !instruction.has_lock_prefix() => {
-                let result = instruction.op0_register();
-                let code = match result.size() {
-                    1 => Code::Test_rm8_r8,
-                    2 => Code::Test_rm16_r16,
-                    4 => Code::Test_rm32_r32,
-                    _ => Code::Test_rm64_r64,
-                };
-                Instruction::with2(code, result, result).ok()?
-            }
-            _ => return None,
-        };
-        let registers = (0..repeated.op_count())
-            .filter(|i| repeated.op_kind(*i) == OpKind::Register)
-            .map(|i| repeated.op_register(i).full_register().number());
-        let (mut reads, mut in_memory) = (0u16, 0u16);
-        for number in registers {
-            reads |= 1 << number;
-            if home(number).is_none() {
-                in_memory |= 1 << number;
-            }
-        }
-        // There is one scratch register to hold such a one.
-        (in_memory.count_ones() <= 1).then_some(Recipe { instruction: repeated, reads })
-    }
 }
 
 /// The general registers that an instruction changes, a bit each.
@@ -151,6 +99,13 @@ impl Builder<'_> {
         }
     }
 
+    /// Has the flags made again whenever they are wanted; there has to be a recipe.
+    pub fn repeat_flags(&mut self) {
+        if self.flags == Place::Host {
+            self.flags = Place::Repeat;
+        }
+    }
+
     /// As [`Builder::free_flags`], before an instruction that may fault and uses flags so: what makes them again must not be
     /// done only for the instruction and leave the fault without.
     pub fn free_flags_before_fault(&mut self, usage: Use) {
@@ -182,12 +137,16 @@ impl Builder<'_> {
     /// Makes the host's flags those of the guest. [`T1`] is lost.
     pub fn restore_flags(&mut self) {
         match (self.flags, self.recipe) {
-            (Place::Memory, _) => {
+            (Place::Memory, None) => {
                 runtime::restore_flags(&mut self.asm);
                 self.flags = Place::Both;
             }
+            (Place::Memory, Some(recipe)) => {
+                recipe.repeat(&mut self.asm);
+                self.flags = Place::Both;
+            }
             (Place::Repeat, Some(recipe)) => {
-                self.native(&recipe.instruction, &[T1]);
+                recipe.repeat(&mut self.asm);
                 self.flags = Place::Host;
             }
             _ => {}
@@ -202,7 +161,7 @@ impl Builder<'_> {
     /// In a cold stub: makes the flags again, to memory.
     pub(super) fn repeat_and_save(&mut self, recipe: Option<Recipe>) {
         if let Some(recipe) = recipe {
-            self.native(&recipe.instruction, &[T1]);
+            recipe.repeat(&mut self.asm);
             runtime::save_flags(&mut self.asm);
         }
     }
@@ -227,7 +186,7 @@ impl Builder<'_> {
                 Use::Needs { .. } => return true,
                 Use::None => {}
             }
-            if effects.written & recipe.reads != 0 {
+            if effects.written & recipe.reads() != 0 {
                 return false;
             }
         }
@@ -241,7 +200,7 @@ impl Builder<'_> {
             Class::Nothing | Class::JumpIf => {}
             Class::Interpret => self.recipe = None,
             Class::Plain | Class::Memory(_) if effects.flags != Use::None => {
-                let overwrites = |recipe: Recipe| recipe.reads & effects.written != 0;
+                let overwrites = |recipe: Recipe| recipe.reads() & effects.written != 0;
                 if effects.flags == Use::Replaces {
                     self.recipe = Recipe::of(instruction);
                 } else if effects.flags != (Use::Needs { changes: false })
@@ -250,7 +209,7 @@ impl Builder<'_> {
                     self.recipe = None;
                 }
             }
-            _ if self.recipe.is_some_and(|recipe| recipe.reads & effects.written != 0) => {
+            _ if self.recipe.is_some_and(|recipe| recipe.reads() & effects.written != 0) => {
                 debug_assert!(self.flags != Place::Repeat, "the flags are lost");
                 self.recipe = None;
             }

@@ -481,7 +481,16 @@ const WORDS: &[FeatureWord] = &[
             (6, "null_sel_clr_base"),
             (8, "autoibrs"),
             (9, "no_smm_ctl_msr"),
+            (27, "sbpb"),
+            (28, "ibpb_brtype"),
+            (29, "srso_no"),
         ],
+    },
+    FeatureWord {
+        leaf: 0x8000_0021,
+        subleaf: None,
+        register: Ecx,
+        bits: &[(1, "tsa_sq_no"), (2, "tsa_l1_no")],
     },
 ];
 
