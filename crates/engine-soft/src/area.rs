@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
-use crate::tlb::Tables;
+use crate::tlb::{PRIVILEGES, Privilege, Tables};
 use crate::translate::cache::Epoch;
 use crate::translate::spans::MAX_SPANS;
 use crate::translate::targets::Targets;
@@ -32,7 +32,7 @@ pub struct RunState {
     pub host_stack: u64,
     /// Stack pointer of translated code, while Rust code runs.
     pub shadow_stack: u64,
-    /// Where the stack of translated code begins.
+    /// Where its stack begins.
     pub shadow_top: u64,
     /// The [`crate::cpu::Cpu`], for calls from generated code.
     pub cpu: u64,
@@ -68,10 +68,10 @@ pub struct Front {
 /// Numbers of mappings that may be used up between two looks at whether there are more.
 const EPOCHS_IN_RESERVE: u32 = 1 << 16;
 
-/// Bytes of the stack that translated code has: return addresses of guest code and of host code in pairs.
+/// Bytes of a stack of translated code: return addresses of guest code and of host code in pairs.
 const SHADOW_BYTES: usize = 64 << 10;
 
-/// The stack of translated code. It grows into the guard, which faults, and then begins anew.
+/// A stack of translated code. It grows into the guard, which faults, and then begins anew.
 #[repr(C, align(4096))]
 pub struct Shadow {
     guard: [u8; 4096],
@@ -85,8 +85,8 @@ pub struct Shadow {
 pub struct Layout {
     /// Registers and words.
     pub front: Front,
-    /// Return addresses.
-    pub shadow: Shadow,
+    /// Return addresses, for each privilege.
+    pub shadows: [Shadow; PRIVILEGES.len()],
     /// TLB.
     pub tlb: Tables,
     /// Known targets of jumps.
@@ -152,11 +152,13 @@ impl Area {
         // registers and the first entries of the tables.
         unsafe { std::ptr::write(&raw mut (*base.as_ptr()).front.user, UserRegs::default()) };
         area.tlb().init();
-        // SAFETY: a field of the mapping that no reference leads to.
-        let guard = unsafe { &raw mut (*base.as_ptr()).shadow.guard };
-        // SAFETY: whole pages of the mapping.
-        if unsafe { libc::mprotect(guard.cast(), size_of::<[u8; 4096]>(), libc::PROT_NONE) } != 0 {
-            return Err(io::Error::last_os_error());
+        for number in 0..PRIVILEGES.len() {
+            // SAFETY: a field of the mapping that no reference leads to.
+            let guard = unsafe { &raw mut (*base.as_ptr()).shadows[number].guard };
+            // SAFETY: whole pages of the mapping.
+            if unsafe { libc::mprotect(guard.cast(), size_of::<[u8; 4096]>(), libc::PROT_NONE) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
         }
         Ok(area)
     }
@@ -187,7 +189,13 @@ impl Drop for Area {
 }
 
 /// The owning vCPU's access to its registers.
-pub struct Owner(Arc<Area>);
+pub struct Owner {
+    area: Arc<Area>,
+    /// For each privilege, how far its stack of translated code is filled: the stack pointer.
+    shadow_stacks: [u64; PRIVILEGES.len()],
+    /// They were emptied since one was selected.
+    returns_forgotten: bool,
+}
 
 impl Owner {
     /// Takes possession.
@@ -195,18 +203,20 @@ impl Owner {
     /// # Safety
     /// Only one owner exists at a time for an area.
     pub unsafe fn new(area: Arc<Area>) -> Self {
-        Owner(area)
+        let mut owner = Owner { area, shadow_stacks: [0; PRIVILEGES.len()], returns_forgotten: false };
+        owner.forget_returns();
+        owner
     }
 
     /// The mapping.
     pub fn area(&self) -> &Area {
-        &self.0
+        &self.area
     }
 
     /// The run loop's words.
     pub fn run(&mut self) -> &mut RunState {
         // SAFETY: only the owner touches them, and it is borrowed.
-        unsafe { &mut (*self.0.base.as_ptr()).front.run }
+        unsafe { &mut (*self.area.base.as_ptr()).front.run }
     }
 
     /// The mapping that a branch can be linked for: until it ends, pages of code stay where they are.
@@ -223,6 +233,7 @@ impl Owner {
         if !keep_global {
             epochs[1] = epochs[1].saturating_add(1);
         }
+        self.forget_returns();
     }
 
     /// Whether [`Owner::end_epoch`] is about to run out of numbers.
@@ -230,21 +241,57 @@ impl Owner {
         self.run().epochs.iter().any(|number| *number >= u32::MAX - EPOCHS_IN_RESERVE)
     }
 
-    /// Prepares the stack of translated code: with nothing on it, a return leads to `nowhere`.
-    pub fn prepare_shadow(&mut self, nowhere: u64) {
+    /// Where a stack of translated code begins.
+    fn shadow_top(&self, privilege: Privilege) -> u64 {
+        // SAFETY: a field of the mapping; its address is taken, no reference made.
+        let bottom = unsafe { &raw const (*self.area.base.as_ptr()).shadows[privilege as usize].bottom };
+        bottom as u64
+    }
+
+    /// Sets where a return leads when nothing is on the stack of translated code: to `nowhere`.
+    pub fn prepare_returns(&mut self, privilege: Privilege, nowhere: u64) {
         /// A RIP that leaving for is what a return to it does: there is nothing to be tried first.
         const SOME_RIP: u64 = 0;
         // SAFETY: only the owner touches it, and it is borrowed.
-        let bottom = unsafe { &mut (*self.0.base.as_ptr()).shadow.bottom };
-        bottom[0] = nowhere;
-        bottom[1] = SOME_RIP;
-        self.run().shadow_top = bottom.as_ptr() as u64;
+        let bottom = unsafe { &mut (*self.area.base.as_ptr()).shadows[privilege as usize].bottom };
+        // A return that is not the top pair's looks at the next one too.
+        bottom[..4].copy_from_slice(&[nowhere, SOME_RIP, nowhere, SOME_RIP]);
+    }
+
+    /// Makes the stack of a privilege that of the code that is about to run.
+    pub fn select_returns(&mut self, privilege: Privilege) {
+        let (top, stack) = (self.shadow_top(privilege), self.shadow_stacks[privilege as usize]);
+        self.returns_forgotten = false;
+        let run = self.run();
+        run.shadow_top = top;
+        run.shadow_stack = stack;
+    }
+
+    /// Keeps what is on the stack of the code that just ran.
+    pub fn keep_returns(&mut self, privilege: Privilege) {
+        if !self.returns_forgotten {
+            let top = self.shadow_top(privilege);
+            self.shadow_stacks[privilege as usize] = self.run().shadow_stack.min(top);
+        }
+    }
+
+    /// Whether the stacks were emptied while Rust code ran for translated code, which then has to be left.
+    pub fn are_returns_forgotten(&self) -> bool {
+        self.returns_forgotten
+    }
+
+    /// Empties the stacks: their host addresses are not to be returned to.
+    pub fn forget_returns(&mut self) {
+        self.returns_forgotten = true;
+        for privilege in PRIVILEGES {
+            self.shadow_stacks[privilege as usize] = self.shadow_top(privilege);
+        }
     }
 
     /// The table of jump targets.
     pub fn targets(&mut self) -> &mut Targets {
         // SAFETY: only the owner touches it, and it is borrowed.
-        unsafe { &mut (*self.0.base.as_ptr()).targets }
+        unsafe { &mut (*self.area.base.as_ptr()).targets }
     }
 }
 
@@ -254,7 +301,7 @@ impl Deref for Owner {
     #[inline(always)]
     fn deref(&self) -> &UserRegs {
         // SAFETY: only the owner touches the registers, and it is borrowed.
-        unsafe { &(*self.0.base.as_ptr()).front.user }
+        unsafe { &(*self.area.base.as_ptr()).front.user }
     }
 }
 
@@ -262,6 +309,6 @@ impl DerefMut for Owner {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut UserRegs {
         // SAFETY: as above, borrowed exclusively.
-        unsafe { &mut (*self.0.base.as_ptr()).front.user }
+        unsafe { &mut (*self.area.base.as_ptr()).front.user }
     }
 }

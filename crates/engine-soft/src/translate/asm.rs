@@ -72,6 +72,7 @@ pub mod cond {
     pub const B: u8 = 2;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const BE: u8 = 6;
     pub const A: u8 = 7;
 }
 
@@ -281,6 +282,12 @@ impl Asm {
     /// LEA.
     pub fn lea(&mut self, width: Width, to: Reg, address: Address) {
         self.modrm(&[], width, &[0x8d], to.0, Rm::Memory(address));
+    }
+
+    /// The address of a label.
+    pub fn lea_label(&mut self, to: Reg, label: Label) {
+        self.code.extend_from_slice(&[0x48 | to.0 >> 3 << 2, 0x8d, (to.0 & 7) << 3 | 5]);
+        self.relative(label);
     }
 
     /// 32-byte vector move, aligned (VMOVDQA ymm).

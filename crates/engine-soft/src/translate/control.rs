@@ -5,11 +5,12 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, OpKind};
 use x86::paging::PAGE_SIZE;
 
-use super::asm::{Address, Alu, Label, Reg, Rm, Width, cond};
+use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
 use super::block::Builder;
 use super::flags::Place;
 use super::memory::Operand;
 use super::registers::{T0, T1};
+use super::runtime::PAIR_BYTES;
 use super::stubs::SitePurpose;
 use super::targets::{INDEX_BITS, MIX_SHIFT, Table, Target};
 use crate::area::{ATTENTION_OFFSET, Layout, run_offset};
@@ -49,7 +50,7 @@ impl Builder<'_> {
                 let exit = self.exit(offset);
                 self.check_attention(exit);
             }
-            self.link_to_page(offset, |asm, label| asm.jmp(label));
+            self.jump_page(offset);
         }
     }
 
@@ -96,7 +97,7 @@ impl Builder<'_> {
         if Self::is_near(target) {
             self.link(target, |asm, label| asm.call(label));
         } else {
-            self.link_to_page(target, |asm, label| asm.call(label));
+            self.call_page(target);
         }
         self.return_point(instruction);
     }
@@ -123,7 +124,7 @@ impl Builder<'_> {
         if Self::is_near(next) {
             self.link(next, |asm, label| asm.jmp(label));
         } else if Self::in_page(next) {
-            self.link_to_page(next, |asm, label| asm.jmp(label));
+            self.jump_page(next);
         } else {
             self.asm.mov_simm32(T1, in_its_page as i32);
             self.asm.alu(Alu::Add, Width::W64, T1, Rm::Area(run_offset!(page)));
@@ -171,14 +172,24 @@ impl Builder<'_> {
         let found = self.access(Operand::Stack(0), self.word, false, None);
         self.load_found(T0, found);
         let arguments = if instruction.op_count() > 0 { i32::from(instruction.immediate16()) } else { 0 };
-        let not_paired = self.asm.label();
-        self.asm.alu(Alu::Cmp, Width::W64, T0, Rm::Memory(Address::base(Reg::RSP, 8)));
+        let (paired, not_paired) = (self.asm.label(), self.asm.label());
+        let is_top =
+            |asm: &mut Asm| asm.alu(Alu::Cmp, Width::W64, T0, Rm::Memory(Address::base(Reg::RSP, 8)));
+        is_top(&mut self.asm);
         self.asm.jcc(cond::NE, not_paired);
+        self.asm.bind(paired);
         self.move_stack(i32::from(self.word) + arguments);
         self.asm.ret();
-        // Not the return of the last call: what is on the stack will not be returned to either.
+        // Not the return of the last call, which then is never returned from, but maybe of the one before.
         self.asm.bind(not_paired);
+        self.asm.lea(Width::W64, Reg::RSP, Address::base(Reg::RSP, PAIR_BYTES));
+        is_top(&mut self.asm);
+        self.asm.jcc(cond::E, paired);
+        let within = self.asm.label();
+        self.asm.alu(Alu::Cmp, Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
+        self.asm.jcc(cond::BE, within);
         self.asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
+        self.asm.bind(within);
         let unknown = self.site(SitePurpose::Interpret, None);
         self.find_target(unknown);
         self.move_stack(i32::from(self.word) + arguments);

@@ -11,7 +11,6 @@ use x86::paging::{PAGE_MASK, PAGE_SIZE};
 
 use super::block::{is_supported, translate};
 use super::cache::{AddressSource, Cache, Purpose, Site, SpanLead, Unit, Variant, VariantParts};
-use super::runtime::Kind;
 use super::targets::Pages;
 use crate::area::NO_LINK;
 use crate::cpu::{Cpu, Mode, R, Raised, gpr, seg};
@@ -180,16 +179,13 @@ impl Cpu {
         let privilege = variant.privilege();
         self.renew_epochs();
         self.notice_code_changes();
+        self.prepare_tables(variant);
         let Some(translator) = &mut self.translator else { return self.interpret_block() };
-        if translator.variants[privilege as usize] != Some(variant) {
-            translator.variants[privilege as usize] = Some(variant);
-            self.user.targets().empty(privilege);
-        }
         let unlinked = translator.unlinked.take().filter(|unlinked| unlinked.rip == rip);
         if unlinked.is_none()
             && let Some(code) = self.user.targets().find(privilege, rip)
         {
-            return self.enter(variant.kind(), code);
+            return self.enter(variant, code);
         }
         self.counters.target_misses += 1;
         let wanted = match unlinked {
@@ -230,7 +226,19 @@ impl Cpu {
             }
             _ => self.user.targets().insert(privilege, rip, code, global),
         }
-        self.enter(variant.kind(), code)
+        self.enter(variant, code)
+    }
+
+    /// Makes the privilege's jump targets and returns those of a variant.
+    fn prepare_tables(&mut self, variant: Variant) {
+        let privilege = variant.privilege();
+        let Some(translator) = &mut self.translator else { return };
+        if translator.variants[privilege as usize] != Some(variant) {
+            translator.variants[privilege as usize] = Some(variant);
+            self.user.targets().empty(privilege);
+            self.user.forget_returns();
+            self.user.prepare_returns(privilege, translator.cache.routines(variant.kind()).exit_to);
+        }
     }
 
     /// vCPUs wrote to pages of code. `own` is how much code had changed before this vCPU wrote, and by how much more it has
@@ -330,6 +338,7 @@ impl Cpu {
 
     fn enter_one(&mut self, variant: Variant, way: usize) -> R<()> {
         self.notice_code_changes();
+        self.prepare_tables(variant);
         let whole = self.find_block()?;
         // SAFETY: the block is alive until the cache is changed, which only this thread does.
         let one = Arc::new(unsafe { &*whole }.first_instruction());
@@ -337,7 +346,7 @@ impl Cpu {
         let Some(translator) = &self.translator else { return Ok(()) };
         let unit = translator.cache.unit(unit);
         let entries = [unit.entry_memory, unit.entry_host, unit.entry_both];
-        self.enter(variant.kind(), entries[way % entries.len()])
+        self.enter(variant, entries[way % entries.len()])
     }
 
     /// The page at a guest-physical address was written: translations of it are looked at again before they run.
@@ -398,7 +407,7 @@ impl Cpu {
     }
 
     /// Runs translated code until it is left.
-    fn enter(&mut self, kind: Kind, code: u64) -> R<()> {
+    fn enter(&mut self, variant: Variant, code: u64) -> R<()> {
         let page = self.user.rip & !PAGE_MASK;
         let this: *mut Cpu = self;
         let run = self.user.run();
@@ -410,14 +419,15 @@ impl Cpu {
         run.vectors_live = 0;
         let Some(translator) = &mut self.translator else { return Ok(()) };
         translator.raised = false;
-        let routines = translator.cache.routines(kind);
-        self.user.prepare_shadow(routines.exit_to);
+        let routines = translator.cache.routines(variant.kind());
+        self.user.select_returns(variant.privilege());
         // SAFETY: the routine was generated with this signature; it keeps to the calling convention, and `code` is an entry
         // of a unit in the same code memory. Rust code that it calls has the vCPU by `this`, which is not used meanwhile.
         unsafe {
             let enter: extern "C" fn(u64) = std::mem::transmute(routines.enter);
             enter(code);
         }
+        self.user.keep_returns(variant.privilege());
         self.hide_x87_addresses();
         if self.code_bits == 32 {
             self.user.rip &= 0xffff_ffff;
@@ -464,6 +474,7 @@ impl Cpu {
                 if flow == Flow::End
                     || self.stop_block
                     || code_changed
+                    || self.user.are_returns_forgotten()
                     || self.variant() != Some(site.variant.of_state())
                 {
                     return 0;

@@ -67,7 +67,7 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
     // Calls from here want the stack aligned.
     asm.lea(Width::W64, Reg::RSP, Address::base(Reg::RSP, -8));
     asm.store(Width::W64, Rm::Area(run_offset!(host_stack)), Reg::RSP);
-    asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_top)));
+    asm.load(Width::W64, Reg::RSP, Rm::Area(run_offset!(shadow_stack)));
     asm.store(Width::W64, Rm::Area(run_offset!(resume)), Reg::RDI);
     asm.bind(reload);
     if kind == Kind::User {
@@ -121,6 +121,7 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
     asm.bind(save_and_leave);
     asm.store(Width::W64, Rm::Area(user_offset!(rip)), T0);
     save_registers(asm, kind);
+    asm.store(Width::W64, Rm::Area(run_offset!(shadow_stack)), Reg::RSP);
     asm.jmp(leave);
 
     let load_x87_routine = asm.address();

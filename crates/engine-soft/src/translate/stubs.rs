@@ -22,8 +22,8 @@ pub(super) enum Cold {
     Span { label: Label, unlinked: Label, site: u32, link: u32, flags: Option<Recipe> },
     /// Leaves with RIP at an offset in the page.
     Exit { label: Label, offset: i32, flags: Option<Recipe> },
-    /// Leaves likewise, asking for a link.
-    Unlinked { label: Label, link: u32, offset: i32, flags: Place },
+    /// Leaves likewise, asking for a link; first pushes the second half of a pair, the address that `pair` labels.
+    Unlinked { label: Label, link: u32, offset: i32, flags: Place, pair: Option<Label> },
     /// The stack of translated code is full: it begins anew, and the push is tried again.
     FullStack { label: Label, again: Label },
     /// Where a jump leads that something else keeps from being taken.
@@ -121,12 +121,24 @@ impl Builder<'_> {
         // The rel32 is the last field of the jump.
         let (field, flags) = (self.asm.size() - 4, self.flags);
         self.links.push(NewLink { unlinked: label, field, flags, guard: None, without_spans: false });
-        self.cold.push(Cold::Unlinked { label, link: number, offset: offset as i32, flags: self.flags });
+        let (offset, flags) = (offset as i32, self.flags);
+        self.cold.push(Cold::Unlinked { label, link: number, offset, flags, pair: None });
     }
 
-    /// A branch into another page, or to what may reach into one; the flags have to be in memory, the host's are lost. `emit`
-    /// writes the jump or call to the label it gets.
-    pub fn link_to_page(&mut self, offset: i64, emit: impl FnOnce(&mut Asm, Label)) {
+    /// A jump into another page, or to what may reach into one; the flags have to be in memory, the host's are lost.
+    pub fn jump_page(&mut self, offset: i64) {
+        self.link_to_page(offset, None, Asm::jmp);
+    }
+
+    /// A call likewise, with the first half of the pair pushed.
+    pub fn call_page(&mut self, offset: i64) {
+        let back = self.asm.label();
+        self.link_to_page(offset, Some(back), Asm::call);
+        self.asm.bind(back);
+    }
+
+    /// `emit` writes the jump or call to the label it gets.
+    fn link_to_page(&mut self, offset: i64, pair: Option<Label>, emit: impl FnOnce(&mut Asm, Label)) {
         self.clobber_flags();
         let unlinked = self.asm.label();
         let guard = self.asm.cmp_area_wide(run_offset!(epochs), 0);
@@ -148,6 +160,7 @@ impl Builder<'_> {
             link: number,
             offset: offset as i32,
             flags: self.flags,
+            pair,
         });
         self.cold.push(Cold::Never { label });
     }
@@ -183,8 +196,13 @@ impl Builder<'_> {
                     self.asm.mov_simm32(T1, offset);
                     self.asm.jmp_to(self.routines.exit);
                 }
-                Cold::Unlinked { label, link, offset, flags } => {
+                Cold::Unlinked { label, link, offset, flags, pair } => {
                     self.asm.bind(label);
+                    if let Some(back) = pair {
+                        // The first half was pushed: there is room, or the guard's page begins lower.
+                        self.asm.lea_label(T1, back);
+                        self.asm.push(T1);
+                    }
                     self.asm.store_imm(Width::W32, Rm::Area(run_offset!(link)), link as i32);
                     self.asm.mov_simm32(T1, offset);
                     let host = flags != Place::Memory;
