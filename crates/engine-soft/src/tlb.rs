@@ -7,7 +7,7 @@
 //! so that few pages share an entry. What a flush costs depends on what was used: each table remembers which of its
 //! chunks had an entry since they were last empty.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 
 use x86::paging::PAGE_SHIFT;
 
@@ -17,6 +17,9 @@ const ENTRIES: usize = 1 << INDEX_BITS;
 /// Entries whose use is remembered together: those of one page of tags.
 const CHUNK: usize = 512;
 const CHUNKS: usize = ENTRIES / CHUNK;
+
+/// Entries of the address space that are remembered one by one, so that few of them are flushed quickly.
+const LOG: usize = 1024;
 
 /// Bit of [`Table::used`]: entries of the address space.
 const LOCAL: u8 = 1;
@@ -54,6 +57,10 @@ pub struct Table {
     global: [AtomicU8; ENTRIES],
     /// For each chunk, whether it may have entries: [`LOCAL`], [`GLOBAL`].
     used: [AtomicU8; CHUNKS],
+    /// Indexes of the entries of the address space made since these were last flushed, as many as fit.
+    log: [AtomicU16; LOG],
+    /// How many were made.
+    made: AtomicUsize,
 }
 
 /// The three tables. All zeroes, followed by [`Tables::init`], is the empty state.
@@ -92,6 +99,25 @@ impl Table {
     }
 
     fn flush(&self, keep_global: bool) {
+        let made = self.made.load(Ordering::Relaxed);
+        self.made.store(0, Ordering::Relaxed);
+        match self.log.get(..made) {
+            Some(log) if keep_global => self.flush_logged(log),
+            _ => self.flush_chunks(keep_global),
+        }
+    }
+
+    fn flush_logged(&self, log: &[AtomicU16]) {
+        for index in log {
+            let index = usize::from(index.load(Ordering::Relaxed));
+            if self.global[index].load(Ordering::Relaxed) == 0 {
+                self.clear(index);
+            }
+            self.used[index / CHUNK].fetch_and(GLOBAL, Ordering::SeqCst);
+        }
+    }
+
+    fn flush_chunks(&self, keep_global: bool) {
         for chunk in self.used_chunks() {
             let used = self.used[chunk].load(Ordering::Relaxed);
             if keep_global && used == GLOBAL {
@@ -116,6 +142,13 @@ impl Table {
         }
         self.host[index].store(host, Ordering::Relaxed);
         self.global[index].store(u8::from(global), Ordering::Relaxed);
+        if !global {
+            let made = self.made.load(Ordering::Relaxed);
+            if let Some(place) = self.log.get(made) {
+                place.store(index as u16, Ordering::Relaxed);
+            }
+            self.made.store(made + 1, Ordering::Relaxed);
+        }
         let used = &self.used[index / CHUNK];
         let bit = if global { GLOBAL } else { LOCAL };
         if used.load(Ordering::Relaxed) & bit == 0 {
@@ -240,6 +273,19 @@ mod tests {
         assert_eq!(hits(tlb, 0x2000), (true, true));
         tlb.flush_page(0x2fff);
         assert_eq!(hits(tlb, 0x2000), (false, false));
+    }
+
+    #[test]
+    fn more_entries_than_are_logged_are_flushed_too() {
+        for pages in [1, LOG, LOG + 1, ENTRIES] {
+            let area = Area::new().unwrap();
+            let addresses = || (1..=pages as u64).map(|number| number << PAGE_SHIFT);
+            for gva in addresses() {
+                area.tlb().fill(Privilege::User, gva, 0x7000_0000, true, true, false);
+            }
+            area.tlb().flush(true);
+            assert!(addresses().all(|gva| hits(area.tlb(), gva) == (false, false)), "{pages}");
+        }
     }
 
     #[test]

@@ -18,6 +18,9 @@ const ENTRIES: usize = 1 << INDEX_BITS;
 /// How far a page number is shifted to be mixed with the low bits of an address.
 pub const MIX_SHIFT: u8 = 12;
 
+/// Entries that are remembered one by one, so that a table with few of them is emptied quickly.
+const LOG: usize = 2048;
+
 /// One known target.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -33,8 +36,10 @@ pub struct Target {
 pub struct Table {
     /// By [`index_of`].
     pub entries: [Target; ENTRIES],
-    /// Anything was entered since the table was emptied.
-    used: bool,
+    /// Indexes of the entries made since the table was emptied, as many as fit.
+    log: [u16; LOG],
+    /// How many entries were made.
+    made: usize,
     /// Anything that does not survive a change of address space.
     local: bool,
     /// It was never emptied: zeroes would match RIP 0.
@@ -65,8 +70,12 @@ impl Targets {
     /// Remembers a target. `global` ones survive a change of address space.
     pub fn insert(&mut self, privilege: Privilege, rip: u64, host: u64, global: bool) {
         let table = &mut self.0[privilege as usize];
-        table.entries[index_of(rip)] = Target { rip, host };
-        table.used = true;
+        let index = index_of(rip);
+        table.entries[index] = Target { rip, host };
+        if let Some(place) = table.log.get_mut(table.made) {
+            *place = index as u16;
+        }
+        table.made += 1;
         table.local |= !global;
     }
 
@@ -89,14 +98,21 @@ impl Targets {
     /// Forgets the targets of one privilege.
     pub fn empty(&mut self, privilege: Privilege) {
         let table = &mut self.0[privilege as usize];
-        if table.used || !table.ready {
-            for (index, entry) in table.entries.iter_mut().enumerate() {
-                *entry = nothing(index);
+        match table.log.get(..table.made) {
+            Some(log) if table.ready => {
+                for index in log {
+                    table.entries[usize::from(*index)] = nothing(usize::from(*index));
+                }
             }
-            table.used = false;
-            table.local = false;
-            table.ready = true;
+            _ => {
+                for (index, entry) in table.entries.iter_mut().enumerate() {
+                    *entry = nothing(index);
+                }
+            }
         }
+        table.made = 0;
+        table.local = false;
+        table.ready = true;
     }
 
     /// Forgets what lies in the page of a RIP, and what reaches into it.
