@@ -59,11 +59,34 @@ pub(super) struct Builder<'a> {
     pub spans: Spans,
     /// The span whose host address is in [`T0`].
     pub held: Option<u8>,
+    /// Where they are wanted when the block begins.
+    pub begins_with_flags: Place,
+    /// The block is a loop that has a second body.
+    pub rounds: Option<Rounds>,
     /// Where the flags are at this point.
     pub flags: Place,
     /// The instruction being translated, and its place.
     pub current: usize,
     pub offset: i32,
+}
+
+/// The second body of a block that branches to its own beginning, for all rounds but the first: it knows how the flags can
+/// be made again that the last round left, so that it need not save them.
+#[derive(Clone, Copy)]
+pub(super) struct Rounds {
+    pub label: Label,
+    pub recipe: Recipe,
+}
+
+/// Where a unit is entered.
+#[derive(Clone, Copy)]
+pub struct Entries {
+    /// With the flags in the host's register.
+    pub host: u64,
+    /// With the flags in memory.
+    pub memory: u64,
+    /// With the flags in both.
+    pub both: u64,
 }
 
 /// Whether the host's processor has what the translator's own code uses.
@@ -102,58 +125,75 @@ pub fn translate(
         effects: Vec::new(),
         spans: Spans::default(),
         held: None,
+        begins_with_flags: Place::Host,
+        rounds: None,
         flags: Place::Host,
         current: 0,
         offset: 0,
     };
     let instructions = builder.decode();
-    let classes: Vec<Class> =
-        instructions.iter().zip(&block.ops).map(|(i, op)| builder.classify(i, op)).collect();
+    builder.classes = instructions.iter().zip(&block.ops).map(|(i, op)| builder.classify(i, op)).collect();
     builder.effects = instructions
         .iter()
         .map(|i| Effects { flags: usage(i), written: written_registers(builder.info, i) })
         .collect();
-    builder.classes = classes.clone();
     builder.spans = builder.find_spans(&instructions);
 
-    let (entry_host, entry_memory, entry_both);
-    let start = builder.start(&instructions, &classes);
-    match start {
-        Place::Memory => {
-            entry_host = builder.asm.address();
-            runtime::save_flags(&mut builder.asm);
-            entry_memory = builder.asm.address();
-            entry_both = entry_memory;
-        }
-        Place::Host => {
-            entry_memory = builder.asm.address();
-            runtime::restore_flags(&mut builder.asm);
-            entry_host = builder.asm.address();
-            entry_both = entry_host;
-        }
-        Place::Both | Place::Repeat => {
-            entry_host = builder.asm.address();
-            entry_memory = entry_host;
-            entry_both = entry_host;
-        }
+    let entries = builder.entries(&instructions);
+    builder.body(&instructions);
+    if let Some(round) = builder.rounds {
+        builder.rounds_body(&instructions, round);
     }
-    builder.flags = if start == Place::Both { Place::Host } else { start };
-
-    let mut ended = false;
-    for (index, (instruction, class)) in instructions.iter().zip(&classes).enumerate() {
-        builder.current = index;
-        builder.offset = instruction.ip() as i32;
-        ended = builder.instruction(instruction, *class, index + 1 == instructions.len());
-        builder.note_effects(instruction, *class);
-    }
-    if !ended {
-        let next = instructions.last().map_or(0, |i| i.next_ip() as i64);
-        builder.go_to(next);
-    }
-    builder.finish(block.clone(), entry_host, entry_memory, entry_both)
+    builder.finish(block.clone(), entries)
 }
 
 impl Builder<'_> {
+    /// Emits the entries.
+    fn entries(&mut self, instructions: &[Instruction]) -> Entries {
+        let start = self.start(instructions);
+        self.begins_with_flags = start;
+        self.flags = if start == Place::Both { Place::Host } else { start };
+        let first = self.asm.address();
+        match start {
+            Place::Memory => {
+                runtime::save_flags(&mut self.asm);
+                let memory = self.asm.address();
+                Entries { host: first, memory, both: memory }
+            }
+            Place::Host => {
+                runtime::restore_flags(&mut self.asm);
+                let host = self.asm.address();
+                Entries { host, memory: first, both: host }
+            }
+            Place::Both | Place::Repeat => Entries { host: first, memory: first, both: first },
+        }
+    }
+
+    /// Emits the instructions and the way on.
+    fn body(&mut self, instructions: &[Instruction]) {
+        let mut ended = false;
+        for (index, instruction) in instructions.iter().enumerate() {
+            let class = self.classes[index];
+            self.current = index;
+            self.offset = instruction.ip() as i32;
+            ended = self.instruction(instruction, class, index + 1 == instructions.len());
+            self.note_effects(instruction, class);
+        }
+        if !ended {
+            let next = instructions.last().map_or(0, |i| i.next_ip() as i64);
+            self.go_to(next);
+        }
+    }
+
+    /// Emits the instructions for all rounds of a loop but the first.
+    fn rounds_body(&mut self, instructions: &[Instruction], rounds: Rounds) {
+        self.asm.bind(rounds.label);
+        self.recipe = Some(rounds.recipe);
+        self.flags = Place::Repeat;
+        self.held = None;
+        self.body(instructions);
+    }
+
     fn decode(&self) -> Vec<Instruction> {
         let offset = self.block.gpa() & (PAGE_SIZE - 1);
         let bits = self.variant.code_bits();

@@ -11,6 +11,7 @@ use crate::native::arena::Arena;
 use crate::native::faults::FaultTable;
 use crate::tlb::{PRIVILEGES, Privilege};
 use crate::translate::asm::Asm;
+use crate::translate::block::Entries;
 use crate::translate::flags::Place;
 use crate::translate::runtime::{self, Kind, Routines, SlowPath};
 
@@ -100,12 +101,8 @@ pub struct Unit {
     pub block: Arc<Block>,
     /// Its variant.
     pub variant: Variant,
-    /// Entry with the flags in the host's register.
-    pub entry_host: u64,
-    /// Entry with the flags in memory.
-    pub entry_memory: u64,
-    /// Entry with the flags in both.
-    pub entry_both: u64,
+    /// Where it is entered.
+    pub entries: Entries,
     /// Branches of other units, and its own, that lead here.
     incoming: Vec<u32>,
 }
@@ -315,14 +312,7 @@ impl Cache {
         self.links.extend(new.links);
         let (gpa, variant) = (new.block.gpa(), new.variant);
         let second_page = new.block.second.as_ref().map(|second| second.gpa >> 12);
-        self.units.push(Unit {
-            block: new.block,
-            variant,
-            entry_host: new.entry_host,
-            entry_memory: new.entry_memory,
-            entry_both: new.entry_both,
-            incoming: Vec::new(),
-        });
+        self.units.push(Unit { block: new.block, variant, entries: new.entries, incoming: Vec::new() });
         if let Some(old) = self.by_address.insert((gpa, variant), number) {
             // Its code was not right any more.
             self.forget(old);
@@ -348,9 +338,9 @@ impl Cache {
         let record = self.links[link as usize];
         let target = &mut self.units[unit as usize];
         let entry = match record.flags {
-            Place::Host => target.entry_host,
-            Place::Memory => target.entry_memory,
-            Place::Both | Place::Repeat => target.entry_both,
+            Place::Host => target.entries.host,
+            Place::Memory => target.entries.memory,
+            Place::Both | Place::Repeat => target.entries.both,
         };
         target.incoming.push(link);
         if let Some(guard) = record.guard {
@@ -416,12 +406,8 @@ pub struct NewUnit {
     pub variant: Variant,
     /// Its code.
     pub code: Vec<u8>,
-    /// See [`Unit::entry_host`].
-    pub entry_host: u64,
-    /// See [`Unit::entry_memory`].
-    pub entry_memory: u64,
-    /// See [`Unit::entry_both`].
-    pub entry_both: u64,
+    /// See [`Unit::entries`].
+    pub entries: Entries,
     /// Its sites, numbered from [`Cache::next_site`].
     pub sites: Vec<Site>,
     /// Its branches, numbered from [`Cache::next_link`].

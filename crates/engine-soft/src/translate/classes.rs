@@ -173,8 +173,8 @@ impl Builder<'_> {
     }
 
     /// Where the flags should be when the block begins.
-    pub(super) fn start(&self, instructions: &[Instruction], classes: &[Class]) -> Place {
-        for ((instruction, class), op) in instructions.iter().zip(classes).zip(&self.block.ops) {
+    pub(super) fn start(&self, instructions: &[Instruction]) -> Place {
+        for ((instruction, class), op) in instructions.iter().zip(&self.classes).zip(&self.block.ops) {
             match class {
                 Class::Nothing | Class::Address => {}
                 Class::Plain if is_faulting(instruction) || self.has_to_load(op) => return Place::Memory,

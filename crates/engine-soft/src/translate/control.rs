@@ -6,7 +6,7 @@ use iced_x86::{Instruction, OpKind};
 use x86::paging::PAGE_SIZE;
 
 use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
-use super::block::Builder;
+use super::block::{Builder, Rounds};
 use super::flags::Place;
 use super::memory::Operand;
 use super::registers::{T0, T1};
@@ -69,7 +69,10 @@ impl Builder<'_> {
             is_checked = true;
         }
         self.restore_flags();
-        if is_near && is_checked {
+        if let Some(rounds) = self.second_body(target) {
+            self.rounds = Some(rounds);
+            self.asm.jcc(condition, rounds.label);
+        } else if is_near && is_checked {
             self.link(target, |asm, label| asm.jcc(condition, label));
         } else {
             let fall_through = self.asm.label();
@@ -82,6 +85,14 @@ impl Builder<'_> {
         if last {
             self.go_to(next);
         }
+    }
+
+    /// The second body that a branch leads to, if it is worth while to have one.
+    fn second_body(&mut self, target: i64) -> Option<Rounds> {
+        let begins_here = target == (self.block.gpa() & (PAGE_SIZE - 1)) as i64;
+        let recipe = self.recipe.filter(|_| begins_here && Self::is_near(target))?;
+        let saves = self.begins_with_flags == Place::Memory && self.lasts_from(0, recipe);
+        self.rounds.or_else(|| saves.then(|| Rounds { label: self.asm.label(), recipe }))
     }
 
     /// CALL with a relative target.

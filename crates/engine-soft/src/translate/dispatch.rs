@@ -208,8 +208,8 @@ impl Cpu {
             }
         };
         let Some(translator) = &self.translator else { return Ok(()) };
-        let Unit { block, entry_memory: code, .. } = translator.cache.unit(unit);
-        let (code, spans) = (*code, block.spans());
+        let Unit { block, entries, .. } = translator.cache.unit(unit);
+        let (code, spans) = (entries.memory, block.spans());
         let next_page = rip.wrapping_add(PAGE_SIZE);
         let global = self.is_global_code(rip) && (!spans || self.is_global_code(next_page));
         let epoch = self.user.epoch(global);
@@ -345,7 +345,7 @@ impl Cpu {
         let Some(unit) = self.translate_block(&one, variant) else { return Ok(()) };
         let Some(translator) = &self.translator else { return Ok(()) };
         let unit = translator.cache.unit(unit);
-        let entries = [unit.entry_memory, unit.entry_host, unit.entry_both];
+        let entries = [unit.entries.memory, unit.entries.host, unit.entries.both];
         self.enter(variant, entries[way % entries.len()])
     }
 

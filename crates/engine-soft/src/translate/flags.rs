@@ -168,8 +168,12 @@ impl Builder<'_> {
 
     /// Whether the recipe's registers keep their values until the flags are set anew, or are wanted in their place.
     fn recipe_lasts(&self) -> bool {
-        let Some(recipe) = self.recipe else { return false };
-        for (class, effects) in self.classes[self.current..].iter().zip(&self.effects[self.current..]) {
+        self.recipe.is_some_and(|recipe| self.lasts_from(self.current, recipe))
+    }
+
+    /// As above, from the instruction with this number on.
+    pub(super) fn lasts_from(&self, first: usize, recipe: Recipe) -> bool {
+        for (class, effects) in self.classes[first..].iter().zip(&self.effects[first..]) {
             match class {
                 Class::Nothing
                 | Class::Address

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use x86::paging::PAGE_SIZE;
 
 use super::asm::{Asm, Label, Reg, Rm, Width, cond};
-use super::block::Builder;
+use super::block::{Builder, Entries};
 use super::cache::{AddressSource, Guard, Link, NewUnit, Purpose, Site, SpanLead};
 use super::flags::Place;
 use super::recipe::Recipe;
@@ -165,13 +165,7 @@ impl Builder<'_> {
         self.cold.push(Cold::Never { label });
     }
 
-    pub(super) fn finish(
-        mut self,
-        block: Arc<Block>,
-        entry_host: u64,
-        entry_memory: u64,
-        entry_both: u64,
-    ) -> NewUnit {
+    pub(super) fn finish(mut self, block: Arc<Block>, entries: Entries) -> NewUnit {
         let base = self.asm.address() - self.asm.size() as u64;
         for cold in std::mem::take(&mut self.cold) {
             match cold {
@@ -249,16 +243,6 @@ impl Builder<'_> {
             })
             .collect();
         let faults = self.faults.iter().map(|(at, label)| (*at, place(*label))).collect();
-        NewUnit {
-            block,
-            variant: self.variant,
-            code: self.asm.finish(),
-            entry_host,
-            entry_memory,
-            entry_both,
-            sites,
-            links,
-            faults,
-        }
+        NewUnit { block, variant: self.variant, code: self.asm.finish(), entries, sites, links, faults }
     }
 }
