@@ -81,49 +81,68 @@ fn in_page(address: u64, size: u64, count: u64) -> u64 {
     ((PAGE_SIZE - (address & PAGE_MASK)) / size).min(count)
 }
 
+/// As [`repeated`], but with whole pieces of pages where `piece` can: it returns how many elements it did. Where it can do
+/// none, which is mostly where one reaches into the next page, one goes by itself.
+#[inline(always)]
+fn by_pieces(
+    cpu: &mut Cpu,
+    op: &Op,
+    piece: impl Fn(&mut Cpu) -> R<u64>,
+    mut once: impl FnMut(&mut Cpu) -> R<bool>,
+) -> F {
+    /// What a piece counts for in a batch.
+    const PIECE: u64 = 256;
+    if op.extra == repeat::NONE || cpu.user.direction != 0 || !segments_allow_pieces(cpu, op) {
+        return repeated(cpu, op, once);
+    }
+    let mask = op.address_mask;
+    let mut budget = BATCH;
+    while cpu.user.gpr[gpr::RCX] & mask != 0 {
+        if budget == 0 || cpu.pending_debug != 0 {
+            cpu.next_ip = cpu.user.rip;
+            return Ok(Flow::End);
+        }
+        let done = piece(cpu)?;
+        if done == 0 {
+            once(cpu)?;
+        }
+        cpu.advance(gpr::RCX, done.max(1).wrapping_neg(), mask);
+        budget = budget.saturating_sub(if done == 0 { 1 } else { PIECE });
+    }
+    Ok(Flow::Next)
+}
+
 /// MOVS.
 pub fn movs<T: Int>(cpu: &mut Cpu, op: &Op) -> F {
     let mask = op.address_mask;
-    if op.extra != repeat::NONE && cpu.user.direction == 0 {
-        let mut budget = 16;
-        while cpu.user.gpr[gpr::RCX] & mask != 0 {
-            let done = movs_piece::<T>(cpu, op)?;
-            if done == 0 {
-                break;
-            }
-            budget -= 1;
-            if budget == 0 && cpu.user.gpr[gpr::RCX] & mask != 0 {
-                cpu.next_ip = cpu.user.rip;
-                return Ok(Flow::End);
-            }
-        }
-    }
-    repeated(cpu, op, |cpu| {
-        let source = cpu.string_source(op, T::BYTES)?;
-        let value = cpu.read::<T>(source)?;
-        let target = cpu.string_target(op, T::BYTES, Access::Write)?;
-        cpu.write(target, value)?;
-        let step = cpu.string_step::<T>();
-        cpu.advance(gpr::RSI, step, mask);
-        cpu.advance(gpr::RDI, step, mask);
-        Ok(true)
-    })
+    by_pieces(
+        cpu,
+        op,
+        |cpu| movs_piece::<T>(cpu, op),
+        |cpu| {
+            let source = cpu.string_source(op, T::BYTES)?;
+            let value = cpu.read::<T>(source)?;
+            let target = cpu.string_target(op, T::BYTES, Access::Write)?;
+            cpu.write(target, value)?;
+            let step = cpu.string_step::<T>();
+            cpu.advance(gpr::RSI, step, mask);
+            cpu.advance(gpr::RDI, step, mask);
+            Ok(true)
+        },
+    )
 }
 
-/// Moves as many elements as lie in one source page and one target page of RAM; 0 if it has to go one by one.
+/// Moves as many elements as lie in one source page and one target page of RAM.
 fn movs_piece<T: Int>(cpu: &mut Cpu, op: &Op) -> R<u64> {
     let size = u64::from(T::BYTES);
     let mask = op.address_mask;
-    if !segments_allow_pieces(cpu, op) {
-        return Ok(0);
-    }
     let source = cpu.string_source(op, T::BYTES)?;
     let target = cpu.string_target(op, T::BYTES, Access::Write)?;
     let count = cpu.user.gpr[gpr::RCX] & mask;
     let mut count = in_page(target, size, in_page(source, size, count));
     count = stay_below_wrap(cpu.user.gpr[gpr::RSI], mask, size, count);
     count = stay_below_wrap(cpu.user.gpr[gpr::RDI], mask, size, count);
-    if count < 2 {
+    if count == 0 {
         return Ok(0);
     }
     let len = count * size;
@@ -146,7 +165,6 @@ fn movs_piece<T: Int>(cpu: &mut Cpu, op: &Op) -> R<u64> {
     cpu.updated(update);
     cpu.advance(gpr::RSI, len, mask);
     cpu.advance(gpr::RDI, len, mask);
-    cpu.advance(gpr::RCX, count.wrapping_neg(), mask);
     Ok(count)
 }
 
@@ -164,40 +182,29 @@ fn stay_below_wrap(pointer: u64, mask: u64, size: u64, count: u64) -> u64 {
 
 /// STOS.
 pub fn stos<T: Int>(cpu: &mut Cpu, op: &Op) -> F {
-    let mask = op.address_mask;
-    if op.extra != repeat::NONE && cpu.user.direction == 0 {
-        let mut budget = 16;
-        while cpu.user.gpr[gpr::RCX] & mask != 0 {
-            if stos_piece::<T>(cpu, op)? == 0 {
-                break;
-            }
-            budget -= 1;
-            if budget == 0 && cpu.user.gpr[gpr::RCX] & mask != 0 {
-                cpu.next_ip = cpu.user.rip;
-                return Ok(Flow::End);
-            }
-        }
-    }
-    repeated(cpu, op, |cpu| {
-        let target = cpu.string_target(op, T::BYTES, Access::Write)?;
-        let value = cpu.reg::<T>(0);
-        cpu.write(target, value)?;
-        let step = cpu.string_step::<T>();
-        cpu.advance(gpr::RDI, step, mask);
-        Ok(true)
-    })
+    by_pieces(
+        cpu,
+        op,
+        |cpu| stos_piece::<T>(cpu, op),
+        |cpu| {
+            let target = cpu.string_target(op, T::BYTES, Access::Write)?;
+            let value = cpu.reg::<T>(0);
+            cpu.write(target, value)?;
+            let step = cpu.string_step::<T>();
+            cpu.advance(gpr::RDI, step, op.address_mask);
+            Ok(true)
+        },
+    )
 }
 
+/// Stores as many elements as lie in one page of RAM.
 fn stos_piece<T: Int>(cpu: &mut Cpu, op: &Op) -> R<u64> {
     let size = u64::from(T::BYTES);
     let mask = op.address_mask;
-    if !segments_allow_pieces(cpu, op) {
-        return Ok(0);
-    }
     let target = cpu.string_target(op, T::BYTES, Access::Write)?;
     let count = in_page(target, size, cpu.user.gpr[gpr::RCX] & mask);
     let count = stay_below_wrap(cpu.user.gpr[gpr::RDI], mask, size, count);
-    if count < 2 {
+    if count == 0 {
         return Ok(0);
     }
     let Some(update) = cpu.host_for_update(target, count * size)? else { return Ok(0) };
@@ -209,7 +216,6 @@ fn stos_piece<T: Int>(cpu: &mut Cpu, op: &Op) -> R<u64> {
     }
     cpu.updated(update);
     cpu.advance(gpr::RDI, count * size, mask);
-    cpu.advance(gpr::RCX, count.wrapping_neg(), mask);
     Ok(count)
 }
 
