@@ -115,6 +115,49 @@ fn a_jump_out_of_many_calls() {
     });
 }
 
+/// Thunks as kernels have them against speculation: each return is that of a call which is not the last.
+#[test]
+fn thunks_that_return_for_others() {
+    each(&[0, 3], |world| {
+        let (jump_thunk, return_thunk, target) = (FAR, FAR + 0x40, NEAR + 0x80);
+        world.code(jump_thunk, |a| {
+            let mut over = a.create_label();
+            a.call(over)?;
+            a.int3()?;
+            a.set_label(&mut over)?;
+            a.mov(qword_ptr(rsp), rax)?;
+            a.ret()
+        });
+        world.code(return_thunk, |a| {
+            let mut over = a.create_label();
+            a.call(over)?;
+            a.int3()?;
+            a.set_label(&mut over)?;
+            a.lea(rsp, ptr(rsp + 8))?;
+            a.ret()
+        });
+        world.code(target, |a| {
+            a.add(rbx, 1)?;
+            a.jmp(return_thunk)
+        });
+        world.code(NEAR, |a| {
+            a.mov(eax, target as u32)?;
+            a.call(jump_thunk)?;
+            a.add(rbx, 0x100)?;
+            a.call(target)?;
+            a.jmp(return_thunk)
+        });
+        turns(world, |a| {
+            a.call(NEAR)?;
+            a.add(rbx, 0x1_0000)
+        });
+        let state = world.start();
+        world.run(&state);
+        assert_eq!(world.gpr(3), u64::from(TURNS) * 0x1_0102);
+        assert_eq!(world.gpr(14), STACK, "the stack is balanced");
+    });
+}
+
 #[test]
 fn two_stacks_that_take_turns() {
     each(&[0, 3], |world| {

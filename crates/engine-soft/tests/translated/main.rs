@@ -11,6 +11,7 @@ mod events;
 mod eviction;
 mod modify;
 mod remap;
+mod spans;
 #[allow(dead_code)]
 #[path = "../differential/values.rs"]
 mod values;
