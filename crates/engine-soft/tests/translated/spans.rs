@@ -8,6 +8,8 @@ use crate::world::*;
 
 /// The border that the accesses are around.
 const BORDER: u64 = DATA + PAGE;
+/// Memory for the page behind it, where the two are not neighbours.
+const ELSEWHERE: u64 = DATA + 5 * PAGE;
 const ALL: u64 = pte::P | pte::RW | pte::US;
 
 /// Repeats a body often enough to have it translated, with RBX the base of its accesses.
@@ -44,6 +46,16 @@ fn mapping_handler(world: &World) {
     });
 }
 
+/// Maps the page behind the border to memory that does not follow the page before it.
+fn tear_apart(world: &World) {
+    world.bench.set64(entry(BORDER), ELSEWHERE | ALL);
+}
+
+/// Where a linear address is in memory, once [`tear_apart`] was called.
+fn physical(linear: u64) -> u64 {
+    if linear < BORDER { linear } else { linear - BORDER + ELSEWHERE }
+}
+
 #[test]
 fn fields_on_both_sides_of_a_border() {
     each(&[0, 3], |world| {
@@ -56,15 +68,53 @@ fn fields_on_both_sides_of_a_border() {
             a.mov(qword_ptr(rbx), rcx)?;
             a.sub(rbx, 24)
         });
-        for base in (BORDER - 40..=BORDER + 8).step_by(4).chain([DATA, BORDER + 0x100]) {
-            world.bench.set64(base, 5);
-            world.bench.set64(base + 8, 7);
+        // First within a page, so that all is translated and both pages are known.
+        for base in [DATA, BORDER + 0x100].into_iter().chain((BORDER - 40..=BORDER).step_by(8)) {
+            world.bench.set64(physical(base), 5);
+            world.bench.set64(physical(base + 8), 7);
             let mut state = world.start();
+            tear_apart(world);
             state.regs.gpr[3] = base;
             world.run(&state);
-            assert_eq!(world.bench.get64(base + 16), 12, "{base:#x}");
-            assert_eq!(world.bench.get64(base + 24), 12, "{base:#x}");
+            for field in [16, 24] {
+                assert_eq!(world.bench.get64(physical(base + field)), 12, "{base:#x}");
+            }
             assert_eq!(world.gpr(3), base);
+        }
+    });
+}
+
+/// The store of a span makes its page dirty, not the load before that looks up for both.
+#[test]
+fn a_page_is_clean_until_the_store() {
+    /// A page that is missing between the two.
+    const BETWEEN: u64 = DATA + 3 * PAGE;
+    each(&[0, 3], |world| {
+        world.handler(14, |a| {
+            a.push(rax)?;
+            a.mov(rax, qword_ptr(entry(BORDER)))?;
+            a.mov(qword_ptr(NOTES), rax)?;
+            a.mov(rax, BETWEEN | ALL)?;
+            a.mov(qword_ptr(entry(BETWEEN)), rax)?;
+            a.invlpg(ptr(BETWEEN))?;
+            a.pop(rax)?;
+            a.add(rsp, 8)?;
+            a.iretq()
+        });
+        world.code(CODE, |a| {
+            a.mov(rax, qword_ptr(rbx))?;
+            a.mov(rdx, qword_ptr(rsi))?;
+            a.mov(qword_ptr(rbx + 24), rax)?;
+            end(a)
+        });
+        let mut state = world.start();
+        (state.regs.gpr[3], state.regs.gpr[6]) = (BORDER, BETWEEN);
+        for _ in 0..4 {
+            world.bench.set64(entry(BORDER), BORDER | ALL);
+            world.bench.set64(entry(BETWEEN), 0);
+            world.run(&state);
+            assert_eq!(world.note(0) & (pte::A | pte::D), pte::A, "when the page between was missed");
+            assert_eq!(world.bench.get64(entry(BORDER)) & (pte::A | pte::D), pte::A | pte::D);
         }
     });
 }
@@ -159,6 +209,7 @@ fn a_frame_across_a_border() {
         });
         for stack in (BORDER - 16..BORDER + 96).step_by(8) {
             let mut state = world.start();
+            tear_apart(world);
             (state.regs.gpr[4], state.regs.gpr[7]) = (stack, 0x100);
             (state.regs.gpr[12], state.regs.gpr[15]) = (12, 15);
             world.run(&state);
