@@ -20,6 +20,10 @@ pub(super) enum Class {
     Address,
     /// Copied, on a host address.
     Memory(MemoryUse),
+    /// Loads from an address for each element of a vector.
+    Gather,
+    /// Loads or stores the elements that a mask chooses.
+    MaskedMove,
     Push,
     Pop,
     Leave,
@@ -94,6 +98,10 @@ impl Builder<'_> {
                 return Class::Leave;
             }
             Pause => return Class::Plain,
+            Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq if self.can_address(instruction) => {
+                return Class::MaskedMove;
+            }
+            _ if self.can_gather(instruction) => return Class::Gather,
             _ => {}
         }
         if !classify::is_native(instruction) {
