@@ -152,13 +152,14 @@ impl Builder<'_> {
     }
 
     /// Whether the operands' registers can be had at the same time: at most so many of them live in memory as there are
-    /// scratch registers, and high bytes only together with registers that need no REX prefix.
+    /// scratch registers, and high bytes only together with registers that need no REX prefix. (The address can do
+    /// without: [`Builder::memory`].)
     fn registers_fit(&self, instruction: &Instruction, memory: bool) -> bool {
         let operands = (0..instruction.op_count())
             .filter(|i| instruction.op_kind(*i) == OpKind::Register)
             .map(|i| instruction.op_register(i))
             .filter(|r| r.is_gpr());
-        let (mut high, mut rex) = (false, memory);
+        let (mut high, mut rex) = (false, false);
         let mut in_memory: Vec<Register> = Vec::new();
         for register in operands {
             let full = register.full_register();

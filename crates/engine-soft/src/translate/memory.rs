@@ -9,7 +9,7 @@ use super::block::Builder;
 use super::cache::{AddressSource, SpanLead};
 use super::classes::is_faulting;
 use super::flags::{Use, usage};
-use super::registers::{GUEST_RSP, T0, T1, home};
+use super::registers::{GUEST_RSP, T0, T1, home, is_high_byte};
 use super::spans::{Member, Which};
 use super::stubs::SitePurpose;
 use crate::area::{Layout, gpr_offset, run_offset, user_offset};
@@ -48,6 +48,11 @@ impl Operand<'_> {
 
 /// The host operand that a lookup leaves: offset in the page plus the page's host address.
 pub(super) const FOUND: Address = Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 };
+
+/// Whether an operand is AH, CH, DH or BH.
+fn names_high_byte(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|operand| is_high_byte(instruction.op_register(operand)))
+}
 
 /// An instruction with a found place for its operand.
 pub(super) fn on_host(instruction: &Instruction, found: Address) -> Instruction {
@@ -283,19 +288,35 @@ impl Builder<'_> {
                 && home(register.full_register().number()).is_none()
         });
         let needs_flags = matches!(usage, Use::Needs { .. });
+        let high_byte = names_high_byte(instruction);
         // The second scratch register may be wanted for something else.
-        let place = if in_memory || needs_flags { self.one_register(place) } else { place };
+        let place = if in_memory || needs_flags || high_byte { self.one_register(place) } else { place };
         let found = on_host(instruction, place);
         if needs_flags {
             self.restore_flags();
         }
         if is_faulting(instruction) {
             self.fault_exit(&found, &[T1]);
+        } else if high_byte {
+            self.high_byte(&found);
         } else {
             self.native(&found, &[T1]);
         }
         self.asm.bind(resume);
         self.note_flags(usage);
+    }
+
+    /// An instruction on a found place and a high byte, which cannot be named where an address needs a REX prefix: the
+    /// address borrows RSI, which no such instruction uses.
+    fn high_byte(&mut self, found: &Instruction) {
+        const BORROWED: Reg = Reg::RSI;
+        let kept = Rm::Area(run_offset!(temporary));
+        self.asm.store(Width::W64, kept, BORROWED);
+        self.asm.mov(BORROWED, T0);
+        let mut found = *found;
+        found.set_memory_base(Register::RSI);
+        self.encode(&found);
+        self.asm.load(Width::W64, BORROWED, kept);
     }
 
     /// Makes a found place one that [`T1`] is not needed for.
