@@ -74,6 +74,7 @@ pub mod cond {
     pub const NE: u8 = 5;
     pub const BE: u8 = 6;
     pub const A: u8 = 7;
+    pub const NS: u8 = 9;
 }
 
 /// The two-operand arithmetic instructions by their number in the opcode.
@@ -250,6 +251,11 @@ impl Asm {
     /// MOVZX of a 16-bit register or memory operand.
     pub fn movzx16(&mut self, to: Reg, from: Rm) {
         self.modrm(&[], Width::W32, &[0x0f, 0xb7], to.0, from);
+    }
+
+    /// MOVSXD: 32 bits, sign-extended.
+    pub fn movsxd(&mut self, to: Reg, from: Rm) {
+        self.modrm(&[], Width::W64, &[0x63], to.0, from);
     }
 
     /// MOV of an immediate, zero-extended.
@@ -558,6 +564,7 @@ mod tests {
             asm.alu_imm(Alu::Cmp, W32, Rm::Area(0x40), 0);
             asm.rorx(Reg::R11, Reg::R10, 12);
             asm.movzx16(Reg::R11, Rm::Reg(Reg::R11));
+            asm.movsxd(Reg::R10, Rm::Area(0x24));
             asm.jmp_rm(Rm::AreaIndex(Reg::R11, 0, 0x48));
             asm.load_ymm(9, 0x100);
             asm.store_ymm(3, 0x100);
@@ -580,6 +587,7 @@ mod tests {
             "cmp dword ptr gs:[40h],0h",
             "rorx r11,r10,0Ch",
             "movzx r11d,r11w",
+            "movsxd r10,gs:[24h]",
             "jmp qword ptr gs:[r11*1+48h]",
             "vmovdqa ymm9,gs:[100h]",
             "vmovdqa gs:[100h],ymm3",

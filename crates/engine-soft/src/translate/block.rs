@@ -246,6 +246,14 @@ impl Builder<'_> {
                 self.memory(instruction, usage);
                 false
             }
+            Class::Gather => {
+                self.gather(instruction);
+                false
+            }
+            Class::MaskedMove => {
+                self.masked_move(instruction);
+                false
+            }
             Class::Push => {
                 self.push(instruction);
                 false

@@ -20,6 +20,10 @@ pub(super) enum Class {
     Address,
     /// Copied, on a host address.
     Memory(MemoryUse),
+    /// Loads from an address for each element of a vector.
+    Gather,
+    /// Loads or stores the elements that a mask chooses.
+    MaskedMove,
     Push,
     Pop,
     Leave,
@@ -94,6 +98,10 @@ impl Builder<'_> {
                 return Class::Leave;
             }
             Pause => return Class::Plain,
+            Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq if self.can_address(instruction) => {
+                return Class::MaskedMove;
+            }
+            _ if self.can_gather(instruction) => return Class::Gather,
             _ => {}
         }
         if !classify::is_native(instruction) {
@@ -144,13 +152,14 @@ impl Builder<'_> {
     }
 
     /// Whether the operands' registers can be had at the same time: at most so many of them live in memory as there are
-    /// scratch registers, and high bytes only together with registers that need no REX prefix.
+    /// scratch registers, and high bytes only together with registers that need no REX prefix. (The address can do
+    /// without: [`Builder::memory`].)
     fn registers_fit(&self, instruction: &Instruction, memory: bool) -> bool {
         let operands = (0..instruction.op_count())
             .filter(|i| instruction.op_kind(*i) == OpKind::Register)
             .map(|i| instruction.op_register(i))
             .filter(|r| r.is_gpr());
-        let (mut high, mut rex) = (false, memory);
+        let (mut high, mut rex) = (false, false);
         let mut in_memory: Vec<Register> = Vec::new();
         for register in operands {
             let full = register.full_register();

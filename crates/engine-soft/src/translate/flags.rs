@@ -179,6 +179,8 @@ impl Builder<'_> {
                 | Class::Address
                 | Class::Plain
                 | Class::Memory(_)
+                | Class::Gather
+                | Class::MaskedMove
                 | Class::Push
                 | Class::Pop
                 | Class::Leave => {}

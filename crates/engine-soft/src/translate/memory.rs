@@ -9,7 +9,7 @@ use super::block::Builder;
 use super::cache::{AddressSource, SpanLead};
 use super::classes::is_faulting;
 use super::flags::{Use, usage};
-use super::registers::{GUEST_RSP, T0, T1, home};
+use super::registers::{GUEST_RSP, T0, T1, home, is_high_byte};
 use super::spans::{Member, Which};
 use super::stubs::SitePurpose;
 use crate::area::{Layout, gpr_offset, run_offset, user_offset};
@@ -47,7 +47,24 @@ impl Operand<'_> {
 }
 
 /// The host operand that a lookup leaves: offset in the page plus the page's host address.
-const FOUND: Address = Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 };
+pub(super) const FOUND: Address = Address { base: Some(T0), index: Some((T1, 0)), displacement: 0 };
+
+/// Whether an operand is AH, CH, DH or BH.
+fn names_high_byte(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|operand| is_high_byte(instruction.op_register(operand)))
+}
+
+/// An instruction with a found place for its operand.
+pub(super) fn on_host(instruction: &Instruction, found: Address) -> Instruction {
+    let mut instruction = *instruction;
+    instruction.set_segment_prefix(Register::None);
+    instruction.set_memory_displacement64(found.displacement as u64);
+    instruction.set_memory_displ_size(u32::from(found.displacement != 0));
+    instruction.set_memory_index_scale(1);
+    instruction.set_memory_base(Register::R10);
+    instruction.set_memory_index(if found.index.is_some() { Register::R11 } else { Register::None });
+    instruction
+}
 
 impl Builder<'_> {
     /// Whether the effective address is of a form that is computed inline.
@@ -209,17 +226,12 @@ impl Builder<'_> {
     }
 
     /// The linear address that is so much `below` an operand, into [`T0`].
-    fn linear_address(&mut self, operand: Operand<'_>, below: i32) {
+    pub(super) fn linear_address(&mut self, operand: Operand<'_>, below: i32) {
         self.held = None;
         match operand {
             Operand::Of(instruction) => {
                 self.effective_address(instruction, below);
-                let segment = instruction.memory_segment();
-                if matches!(segment, Register::FS | Register::GS) {
-                    let number = if segment == Register::FS { seg::FS } else { seg::GS };
-                    let base = user_offset!(segment_base) + 8 * number as i32;
-                    self.asm.alu(Alu::Add, self.wide(), T0, Rm::Area(base));
-                }
+                self.add_segment_base(instruction);
             }
             Operand::Stack(offset) => match i32::from(offset) - below {
                 0 => self.asm.load(self.wide(), T0, Rm::Reg(GUEST_RSP)),
@@ -228,8 +240,19 @@ impl Builder<'_> {
         }
     }
 
-    /// Looks the linear address in [`T0`] up, or goes to `slow`.
-    fn look_up_address(&mut self, len: u16, write: bool, slow: Label) {
+    /// Makes an effective address in [`T0`] a linear one. The host's flags may be lost.
+    pub(super) fn add_segment_base(&mut self, instruction: &Instruction) {
+        let number = match instruction.memory_segment() {
+            Register::FS => seg::FS,
+            Register::GS => seg::GS,
+            _ => return,
+        };
+        let base = user_offset!(segment_base) + 8 * number as i32;
+        self.asm.alu(Alu::Add, self.wide(), T0, Rm::Area(base));
+    }
+
+    /// Looks the linear address in [`T0`] up, or goes to `slow`; afterwards [`FOUND`] is the host address.
+    pub(super) fn look_up_address(&mut self, len: u16, write: bool, slow: Label) {
         let table = offset_of!(Layout, tlb) + self.variant.privilege() as usize * size_of::<Table>();
         let tags = table + if write { offset_of!(Table, write) } else { offset_of!(Table, read) };
         let hosts = table + offset_of!(Table, host);
@@ -258,12 +281,6 @@ impl Builder<'_> {
         }
         let place = self.access(operand, bytes as u8, write, Some(resume));
 
-        let mut found = *instruction;
-        found.set_segment_prefix(Register::None);
-        found.set_memory_displacement64(place.displacement as u64);
-        found.set_memory_displ_size(u32::from(place.displacement != 0));
-        found.set_memory_index_scale(1);
-        found.set_memory_base(Register::R10);
         let in_memory = (0..instruction.op_count()).any(|i| {
             let register = instruction.op_register(i);
             instruction.op_kind(i) == OpKind::Register
@@ -271,25 +288,35 @@ impl Builder<'_> {
                 && home(register.full_register().number()).is_none()
         });
         let needs_flags = matches!(usage, Use::Needs { .. });
-        found.set_memory_index(Register::None);
-        if place.index.is_some() {
-            if in_memory || needs_flags {
-                // The second scratch register is wanted for something else.
-                self.one_register(place);
-            } else {
-                found.set_memory_index(Register::R11);
-            }
-        }
+        let high_byte = names_high_byte(instruction);
+        // The second scratch register may be wanted for something else.
+        let place = if in_memory || needs_flags || high_byte { self.one_register(place) } else { place };
+        let found = on_host(instruction, place);
         if needs_flags {
             self.restore_flags();
         }
         if is_faulting(instruction) {
             self.fault_exit(&found, &[T1]);
+        } else if high_byte {
+            self.high_byte(&found);
         } else {
             self.native(&found, &[T1]);
         }
         self.asm.bind(resume);
         self.note_flags(usage);
+    }
+
+    /// An instruction on a found place and a high byte, which cannot be named where an address needs a REX prefix: the
+    /// address borrows RSI, which no such instruction uses.
+    fn high_byte(&mut self, found: &Instruction) {
+        const BORROWED: Reg = Reg::RSI;
+        let kept = Rm::Area(run_offset!(temporary));
+        self.asm.store(Width::W64, kept, BORROWED);
+        self.asm.mov(BORROWED, T0);
+        let mut found = *found;
+        found.set_memory_base(Register::RSI);
+        self.encode(&found);
+        self.asm.load(Width::W64, BORROWED, kept);
     }
 
     /// Makes a found place one that [`T1`] is not needed for.

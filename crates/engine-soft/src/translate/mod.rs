@@ -7,7 +7,7 @@
 //!
 //! - [`registers`]: which guest register is where; [`asm`]: encodings of what the translator adds.
 //! - [`runtime`]: the ways in and out of translated code.
-//! - [`block`]: one block's code; [`classes`], [`flags`], [`memory`], [`control`], [`stubs`]: its parts;
+//! - [`block`]: one block's code; [`classes`], [`flags`], [`memory`], [`gather`], [`control`], [`stubs`]: its parts;
 //!   [`recipe`]: flags that are made again;
 //!   [`spans`]: which accesses share a lookup.
 //! - [`cache`]: code memory, blocks by address, links between them; [`targets`]: the table of jump targets.
@@ -22,6 +22,7 @@ mod classes;
 mod control;
 pub mod dispatch;
 pub mod flags;
+mod gather;
 mod memory;
 pub mod recipe;
 pub mod registers;

@@ -5,7 +5,7 @@ use iced_x86::{
     OpCodeOperandKind, OpKind, Register,
 };
 
-use super::inputs::{is_xsave, target};
+use super::inputs::{GATHER_ORIGIN, is_xsave, target};
 use super::state::*;
 use super::values::Random;
 
@@ -465,6 +465,11 @@ fn address(
     let scale = if index == Register::None { 1 } else { 1 << random.below(4) };
     instruction.set_memory_index(index);
     instruction.set_memory_index_scale(scale);
+    if vector_index.is_some() && random.percent(10) {
+        instruction.set_memory_displ_size(address_bits / 8);
+        instruction.set_memory_displacement64(GATHER_ORIGIN - data_base(bitness));
+        return None;
+    }
     if random.percent(80) || vector_index.is_some() {
         instruction.set_memory_base(base);
         displacement(instruction, random, base, address_bits / 8);

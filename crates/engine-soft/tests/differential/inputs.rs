@@ -6,6 +6,9 @@ use super::forms::{Encoding, Form, code_offset};
 use super::state::*;
 use super::values::Random;
 
+/// What the indices of gathers are relative to: the border between the two writable pages.
+pub const GATHER_ORIGIN: u64 = WRITABLE.start + PAGE;
+
 /// A linear address for an operand.
 pub fn target(random: &mut Random, bitness: u32) -> u64 {
     let len = WRITABLE.end - WRITABLE.start;
@@ -240,21 +243,27 @@ fn explicit_operand(
     if index.is_vector_register() {
         let lane_bytes = if instruction.mnemonic().to_lane_bytes() == 4 { 4 } else { 8 };
         let scale = u64::from(instruction.memory_index_scale());
-        linear = WRITABLE.start + 0x1000;
+        linear = GATHER_ORIGIN;
         for lane in state.vector[index.number()].chunks_mut(lane_bytes) {
-            let reach = if random.percent(3) { 0x3000 } else { 0xf00 };
-            let value = (random.below(2 * reach) as i64 - reach as i64) / scale as i64;
+            let distance = match random.below(100) {
+                // Across the border between the pages or the end of the second, or beyond.
+                0..3 => -1 - random.below(8) as i64,
+                3..6 => PAGE as i64 - 1 - random.below(8) as i64,
+                6..9 => random.below(0x3e00) as i64 - 0x1f00,
+                _ => random.below(0x1e00) as i64 - 0xf00,
+            };
+            let value = distance / scale as i64;
             lane.copy_from_slice(&value.to_le_bytes()[..lane_bytes]);
         }
         let mask = instruction.op2_register();
-        random.fill(&mut state.vector[mask.number()]);
+        element_mask(&mut state.vector[mask.number()], random);
     }
     if matches!(
         instruction.mnemonic(),
         Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
     ) {
         let mask = instruction.op1_register();
-        random.fill(&mut state.vector[mask.number()]);
+        element_mask(&mut state.vector[mask.number()], random);
     }
     let bytes = random.below(3);
     if is_xsave(instruction) {
@@ -347,6 +356,16 @@ fn xsave_area(area: &mut [u8], random: &mut Random) {
         // Beyond the components that hosts have, and not the bit that says that the area is compacted.
         let wrong = random.pick(&[3, 4, 7, 8, 9, 14, 16, 23]);
         area[512 + wrong] |= 1 << random.below(8);
+    }
+}
+
+/// A mask that chooses all elements, none, or some.
+fn element_mask(mask: &mut [u8; 32], random: &mut Random) {
+    random.fill(mask);
+    match random.below(10) {
+        0..4 => mask.iter_mut().for_each(|byte| *byte |= 0x80),
+        4 => mask.iter_mut().for_each(|byte| *byte &= 0x7f),
+        _ => {}
     }
 }
 

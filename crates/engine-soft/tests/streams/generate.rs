@@ -497,6 +497,13 @@ impl Generator<'_> {
             let index = Register::YMM0 + index.number() as u32;
             self.items.push(Item::Plain(with(Instruction::with3(code, index, index, count))));
         }
+        if let Some(mask) = element_mask(instruction)
+            && self.random.percent(40)
+        {
+            // Every element.
+            let code = Code::VEX_Vpcmpeqd_ymm_ymm_ymmm256;
+            self.items.push(Item::Plain(with(Instruction::with3(code, mask, mask, mask))));
+        }
         if base.is_gpr() && base.size() > 2 {
             let value = if base.size() == 4 { missing & 0xffff_ffff } else { missing };
             self.move_to(base, value);
@@ -720,6 +727,17 @@ impl Generator<'_> {
             }
         }
     }
+}
+
+/// The register whose elements say which elements are accessed, as one of 32 bytes.
+fn element_mask(instruction: &Instruction) -> Option<Register> {
+    use Mnemonic::*;
+    let operand = match instruction.mnemonic() {
+        Vmaskmovps | Vmaskmovpd | Vpmaskmovd | Vpmaskmovq => 1,
+        _ if instruction.is_vsib() => 2,
+        _ => return None,
+    };
+    Some(Register::YMM0 + instruction.op_register(operand).number() as u32)
 }
 
 /// What a program starts with.

@@ -7,6 +7,7 @@ mod calls;
 #[path = "../common/mod.rs"]
 mod common;
 mod debug;
+mod elements;
 mod events;
 mod eviction;
 mod modify;
