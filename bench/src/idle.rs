@@ -17,7 +17,7 @@ pub struct Idle {
     pub processor_percent: f64,
     /// Memory in use beyond the guest's own and beyond generated code.
     pub memory_mib: f64,
-    /// Memory in use for generated code: mappings that can be executed and are not of a file.
+    /// Memory in use for generated code and what is stored with it: mappings that can be executed and are not of a file.
     pub code_mib: f64,
 }
 
@@ -73,13 +73,17 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
 }
 
 /// Resident MiB beyond the guest's memory and generated code, and of generated code. Code that is mapped twice, to be
-/// written and to be executed, is the same memory.
+/// written and to be executed, is the same memory: the mapping counts through which more of it was used.
 fn memory(pid: u32) -> (f64, f64) {
     let all = mappings(&std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default());
     let is_code = |mapping: &&Mapping| mapping.executable && !mapping.of_a_file;
     let code_inodes: Vec<_> =
         all.iter().filter(is_code).map(|m| m.inode).filter(|inode| *inode != 0).collect();
-    let code_kib: u64 = all.iter().filter(is_code).map(|m| m.resident_kib).sum();
+    let resident = |code: &Mapping| {
+        let is_same = |m: &&Mapping| code.inode != 0 && m.inode == code.inode;
+        all.iter().filter(is_same).map(|m| m.resident_kib).fold(code.resident_kib, u64::max)
+    };
+    let code_kib: u64 = all.iter().filter(is_code).map(resident).sum();
     let other_kib: u64 = all
         .iter()
         .filter(|m| !is_code(m) && m.size_kib < GUEST_MEMORY_KIB && !code_inodes.contains(&m.inode))

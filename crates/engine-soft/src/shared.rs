@@ -106,6 +106,8 @@ pub struct Counters {
     pub instructions: u64,
     /// Instructions of translated code that the interpreter executed.
     pub handler_calls: u64,
+    /// How often an instruction had to be decoded for that.
+    pub sites_decoded: u64,
     /// Jumps whose target was not in the table.
     pub target_misses: u64,
     /// Branches that were linked.
@@ -167,6 +169,7 @@ impl Counters {
             ("vm exits due to exceptions", self.exceptions),
             ("number of NMIs delivered to vcpu", self.nmis),
             ("instructions interpreted", self.instructions + self.handler_calls),
+            ("instructions decoded for handlers", self.sites_decoded),
             ("jump targets looked up", self.target_misses),
             ("branches linked", self.links),
             ("blocks decoded", self.blocks_decoded),

@@ -2,7 +2,6 @@
 //! code size. A block remembers its bytes and the generation of its page; when the page was written, the bytes are
 //! compared before the block is used again.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::Instruction;
@@ -61,8 +60,13 @@ impl Extent {
         unsafe { &*self.cell }.load(Ordering::Acquire) == self.generation.load(Ordering::Relaxed)
     }
 
+    /// The generation of the page when the bytes were last known to be right.
+    pub fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
     fn copy(&self) -> Extent {
-        Extent { generation: AtomicU32::new(self.generation.load(Ordering::Relaxed)), ..*self }
+        Extent { generation: AtomicU32::new(self.generation()), ..*self }
     }
 }
 
@@ -102,9 +106,9 @@ impl Block {
         self.heat.load(Ordering::Relaxed)
     }
 
-    /// Whether its only instruction reaches into the next page.
-    pub fn spans(&self) -> bool {
-        self.second.is_some()
+    /// Guest-physical address of the page that its only instruction reaches into, if it does.
+    pub fn second_page(&self) -> Option<u64> {
+        self.second.as_ref().map(|second| second.gpa)
     }
 }
 
@@ -151,7 +155,7 @@ impl Met {
 
 /// All blocks of one vCPU.
 pub struct BlockCache {
-    blocks: FxHashMap<(u64, u8), Arc<Block>>,
+    blocks: FxHashMap<(u64, u8), Box<Block>>,
     met: Met,
     /// Direct-mapped by linear address; emptied when translations may have changed.
     fast: Box<[Fast]>,
@@ -205,29 +209,20 @@ impl BlockCache {
     }
 
     /// The block at a physical address.
-    pub fn find_physical(&self, gpa: u64, code_bits: u8) -> Option<&Arc<Block>> {
-        self.blocks.get(&(gpa, code_bits))
+    pub fn find_physical(&self, gpa: u64, code_bits: u8) -> Option<&Block> {
+        self.blocks.get(&(gpa, code_bits)).map(Box::as_ref)
     }
 
-    /// Shared possession of a block that is in the cache.
-    pub fn shared(&self, block: &Block) -> Option<Arc<Block>> {
-        let bits = self.code_bits_of(block)?;
-        self.blocks.get(&(block.gpa(), bits)).cloned()
+    /// Takes the block at a physical address out of the cache.
+    pub fn take(&mut self, gpa: u64, code_bits: u8) -> Option<Box<Block>> {
+        let block = self.blocks.remove(&(gpa, code_bits))?;
+        self.flush_linear();
+        Some(block)
     }
 
-    /// Forgets a block that is in the cache.
-    pub fn remove(&mut self, block: &Block) {
-        if let Some(bits) = self.code_bits_of(block) {
-            self.flush_linear();
-            self.blocks.remove(&(block.gpa(), bits));
-        }
-    }
-
-    fn code_bits_of(&self, block: &Block) -> Option<u8> {
-        let is_it = |bits: &u8| {
-            self.blocks.get(&(block.gpa(), *bits)).is_some_and(|b| std::ptr::eq(b.as_ref(), block))
-        };
-        [16, 32, 64].into_iter().find(is_it)
+    /// Puts back what [`BlockCache::take`] took.
+    pub fn put_back(&mut self, code_bits: u8, block: Box<Block>) {
+        self.blocks.insert((block.gpa(), code_bits), block);
     }
 
     /// Whether inserting needs [`BlockCache::clear`] first.
@@ -243,8 +238,8 @@ impl BlockCache {
         } else if self.met.meet(block.gpa(), code_bits) {
             block.heat.store(1, Ordering::Relaxed);
         }
-        let block = Arc::new(block);
-        let pointer = Arc::as_ptr(&block);
+        let block = Box::new(block);
+        let pointer = std::ptr::from_ref(block.as_ref());
         self.blocks.insert(key, block);
         pointer
     }

@@ -1,6 +1,5 @@
 //! Finding and decoding blocks.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use engine::memory::CODE;
@@ -53,11 +52,13 @@ impl Cpu {
         let Place::Host(host) = self.fetch_place(linear)? else { return self.fetch_outside_cache(linear) };
         let map = self.map.clone();
         let Some((slot, gpa)) = map.find_host(host) else { return self.fetch_outside_cache(linear) };
-        if let Some(block) = self.blocks.find_physical(gpa, self.code_bits) {
-            let block = block.clone();
-            if (block.is_current() || self.revalidate(&block)) && self.continues_at(&block, linear)? {
-                self.blocks.remember(linear, context, Arc::as_ptr(&block));
-                return Ok(Arc::as_ptr(&block));
+        if let Some(block) = self.blocks.find_physical(gpa, self.code_bits)
+            && (block.is_current() || self.revalidate(block))
+        {
+            let (found, second_page) = (std::ptr::from_ref(block), block.second_page());
+            if self.continues_at(second_page, linear)? {
+                self.blocks.remember(linear, context, found);
+                return Ok(found);
             }
         }
         let in_page = (PAGE_SIZE - (gpa & PAGE_MASK)) as usize;
@@ -136,22 +137,22 @@ impl Cpu {
         }))
     }
 
-    /// Whether a block that spans pages has its second part where the page after `linear` is now.
-    pub(crate) fn continues_at(&mut self, block: &Block, linear: u64) -> R<bool> {
-        let Some(second) = &block.second else { return Ok(true) };
+    /// Whether code at `linear` that has its second part in another page, if it does, finds it where the next page is now.
+    pub(crate) fn continues_at(&mut self, second_page: Option<u64>, linear: u64) -> R<bool> {
+        let Some(second) = second_page else { return Ok(true) };
         let Place::Host(host) = self.fetch_next_page(linear)? else { return Ok(false) };
-        Ok(self.map.find_host(host).is_some_and(|(_, gpa)| gpa == second.gpa))
+        Ok(self.map.find_host(host).is_some_and(|(_, gpa)| gpa == second))
     }
 
-    /// Decodes; makes room for native code if there is none left.
-    fn decode(&mut self, bytes: &[u8], max: usize) -> Result<Decoded, DecodeError> {
+    /// Decodes; makes room for native code if there is none left. No block is running.
+    pub(crate) fn decode(&mut self, bytes: &[u8], max: usize) -> Result<Decoded, DecodeError> {
         let (bits, ip) = (self.code_bits, self.user.rip);
         match decode(bytes, bits, ip, max, &mut self.thunks) {
             Err(DecodeError::Full) => {
                 self.blocks.clear();
-                self.clear_translations();
+                self.forget_handler_calls();
                 self.scratch = None;
-                // SAFETY: every block, and with them every thunk, was just dropped.
+                // SAFETY: everything that was decoded, and with it every thunk, was just dropped.
                 unsafe { self.thunks.clear() };
                 decode(bytes, bits, ip, max, &mut self.thunks)
             }
@@ -160,7 +161,7 @@ impl Cpu {
     }
 
     /// Copies code and says which generation of its page the copy belongs to. From then on the page is watched.
-    fn read_code(&mut self, slot: &RamSlot, gpa: u64, bytes: &mut [u8]) -> Extent {
+    fn read_code(&self, slot: &RamSlot, gpa: u64, bytes: &mut [u8]) -> Extent {
         let (tracker, page) = (slot.tracker(), slot.page(gpa));
         let host = slot.host(gpa);
         loop {
@@ -179,24 +180,30 @@ impl Cpu {
     }
 
     /// A page was written: is the block's code still the same?
-    pub(crate) fn revalidate(&mut self, block: &Block) -> bool {
-        let in_first = block.bytes_in_first_page();
-        let (head, tail) = block.bytes.split_at(in_first);
+    fn revalidate(&self, block: &Block) -> bool {
+        let (head, tail) = block.bytes.split_at(block.bytes_in_first_page());
         self.is_still(&block.first, head)
             && block.second.as_ref().is_none_or(|second| self.is_still(second, tail))
     }
 
-    fn is_still(&mut self, extent: &Extent, bytes: &[u8]) -> bool {
-        let map = self.map.clone();
-        let Some(slot) = map.find(extent.gpa) else { return false };
+    fn is_still(&self, extent: &Extent, bytes: &[u8]) -> bool {
+        let Some(generation) = self.generation_with(extent.gpa, bytes) else { return false };
+        extent.generation.store(generation, Ordering::Relaxed);
+        true
+    }
+
+    /// The generation of the page at a guest-physical address, if it has these bytes there.
+    pub(crate) fn generation_with(&self, gpa: u64, bytes: &[u8]) -> Option<u32> {
+        let slot = self.map.find(gpa)?;
         let mut now = [0u8; WINDOW];
         let now = &mut now[..bytes.len()];
-        let read = self.read_code(slot, extent.gpa, now);
-        if *now != *bytes {
-            return false;
-        }
-        extent.generation.store(read.generation.into_inner(), Ordering::Relaxed);
-        true
+        let read = self.read_code(slot, gpa, now);
+        (*now == *bytes).then(|| read.generation())
+    }
+
+    /// The generation that code at a guest-physical address has now; `None` where there is no RAM.
+    pub(crate) fn code_generation(&self, gpa: u64) -> Option<u32> {
+        self.map.find(gpa).map(|slot| slot.generation(gpa).load(Ordering::Acquire))
     }
 
     /// One instruction that does not lie in RAM. It is decoded afresh each time.

@@ -1,18 +1,46 @@
 //! Memory for generated code: one anonymous file mapped twice, writable and executable, so that no page is ever both.
+//!
+//! Code fills it from its beginning. From its end it gives out chunks for what is known of the code, so that code and
+//! records together never take more than was granted.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Pieces of code start at multiples of this.
-const ALIGNMENT: usize = 16;
+const ALIGNMENT: usize = 8;
 
 /// A bump allocator of executable memory.
 pub struct Arena {
-    writable: Mapping,
+    writable: Arc<Mapping>,
     executable: Mapping,
+    /// Bytes of code, from the beginning.
     used: usize,
+    /// Where the chunks begin.
+    chunks: usize,
+}
+
+/// A piece of an arena's memory for other things than code: writable, and nobody else's.
+pub struct Chunk {
+    base: NonNull<u8>,
+    /// Keeps the memory mapped.
+    _memory: Arc<Mapping>,
+}
+
+// SAFETY: the memory is owned by the value and not tied to a thread.
+unsafe impl Send for Chunk {}
+
+impl Chunk {
+    /// Size of every chunk.
+    pub const BYTES: usize = 64 << 10;
+
+    /// Its first byte, aligned to a page.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
 }
 
 struct Mapping {
@@ -55,9 +83,9 @@ impl Arena {
         let len = capacity_bytes.max(1).checked_next_multiple_of(page).ok_or(io::ErrorKind::InvalidInput)?;
         let file = code_file()?;
         file.set_len(len as u64)?;
-        let writable = Mapping::new(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
+        let writable = Arc::new(Mapping::new(&file, len, libc::PROT_READ | libc::PROT_WRITE)?);
         let executable = Mapping::new(&file, len, libc::PROT_READ | libc::PROT_EXEC)?;
-        Ok(Arena { writable, executable, used: 0 })
+        Ok(Arena { writable, executable, used: 0, chunks: len })
     }
 
     /// Addresses at which code runs.
@@ -66,18 +94,50 @@ impl Arena {
         start..start + self.executable.len
     }
 
-    /// Bytes in use.
+    /// Bytes of code.
     pub fn used(&self) -> usize {
         self.used
     }
 
-    /// Overwrites four bytes of placed code.
+    /// Bytes in use for whatever purpose.
+    #[cfg(test)]
+    pub fn occupied(&self) -> usize {
+        self.used + (self.writable.len - self.chunks)
+    }
+
+    /// Memory for records; `None` if code has taken it all.
+    pub fn chunk(&mut self) -> Option<Chunk> {
+        let start = self.chunks.checked_sub(Chunk::BYTES).filter(|start| *start >= self.used)?;
+        // SAFETY: in bounds of the mapping, behind all code and before all other chunks.
+        let base = unsafe { NonNull::new_unchecked(self.writable.base.add(start)) };
+        self.chunks = start;
+        Some(Chunk { base, _memory: self.writable.clone() })
+    }
+
+    /// Takes the memory of all chunks back. Those that were given out must be gone; else nothing happens.
+    pub fn reclaim_chunks(&mut self) {
+        if Arc::strong_count(&self.writable) == 1 {
+            self.chunks = self.writable.len;
+        }
+    }
+
+    /// Bytes of placed code.
     ///
     /// # Panics
-    /// The address is not of placed code.
-    pub fn patch(&mut self, address: u64, bytes: [u8; 4]) {
-        let offset = (address as usize).wrapping_sub(self.executable.base as usize);
-        assert!(offset.saturating_add(bytes.len()) <= self.used, "patching outside of placed code");
+    /// They are not of placed code.
+    pub fn bytes(&self, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= self.used, "reading outside of placed code");
+        // SAFETY: in bounds, as just checked; written only by methods that borrow the arena exclusively.
+        unsafe { std::slice::from_raw_parts(self.writable.base.add(range.start), range.len()) }
+    }
+
+    /// Overwrites four bytes of placed code at an offset.
+    ///
+    /// # Panics
+    /// They are not of placed code.
+    pub fn patch(&mut self, offset: u32, bytes: [u8; 4]) {
+        let offset = offset as usize;
+        assert!(offset + bytes.len() <= self.used, "patching outside of placed code");
         // SAFETY: in bounds, as just checked; nothing in Rust refers to the mapping.
         unsafe { self.writable.base.add(offset).cast::<[u8; 4]>().write_unaligned(bytes) };
     }
@@ -90,18 +150,18 @@ impl Arena {
     /// Places code at [`Arena::next_address`]; `None` if there is no room.
     pub fn place(&mut self, code: &[u8]) -> Option<*const u8> {
         let end = self.used.checked_add(code.len())?;
-        if end > self.writable.len {
+        if end > self.chunks {
             return None;
         }
         // SAFETY: the range was just checked to be inside the mapping, which nothing in Rust refers to.
         unsafe { self.writable.base.add(self.used).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
         // SAFETY: in bounds as above; both mappings have the same length.
         let placed = unsafe { self.executable.base.add(self.used) };
-        self.used = end.next_multiple_of(ALIGNMENT).min(self.writable.len);
+        self.used = end.next_multiple_of(ALIGNMENT).min(self.chunks);
         Some(placed)
     }
 
-    /// Frees everything from an offset on.
+    /// Frees all code from an offset on.
     pub fn truncate(&mut self, used: usize) {
         self.used = used.min(self.used);
     }
@@ -123,4 +183,26 @@ fn code_file() -> io::Result<File> {
         }
     }
     Err(io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_and_chunks_share_what_was_granted() {
+        let mut arena = Arena::new(2 * Chunk::BYTES).unwrap();
+        arena.place(&[0x90; 100]).unwrap();
+        let chunk = arena.chunk().unwrap();
+        assert!(arena.chunk().is_none(), "the other half has code in it");
+        assert!(arena.place(&[0x90; Chunk::BYTES]).is_none(), "code would run into a chunk");
+        assert_eq!(arena.occupied(), Chunk::BYTES + 104);
+        arena.truncate(0);
+        arena.reclaim_chunks();
+        assert_eq!(arena.occupied(), Chunk::BYTES, "a chunk that somebody has is not taken back");
+        drop(chunk);
+        arena.reclaim_chunks();
+        assert_eq!(arena.occupied(), 0);
+        assert!(arena.place(&[0x90; 2 * Chunk::BYTES]).is_some());
+    }
 }

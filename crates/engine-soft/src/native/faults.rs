@@ -5,7 +5,7 @@
 use std::io;
 use std::ops::Range;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use x86::exception::Vector;
@@ -36,7 +36,11 @@ struct Region {
 /// Instructions that may fault, ascending, and where to go on then. Only the thread that runs the code changes it, and
 /// never while the code runs; so a signal handler in the code can read it.
 struct Faults {
-    entries: Box<[(AtomicUsize, AtomicUsize)]>,
+    /// Where the region starts.
+    start: usize,
+    /// Offsets in the region: the instruction's in the upper half, in the lower where to go on. What is not used yet
+    /// takes no memory.
+    entries: Box<[AtomicU64]>,
     len: AtomicUsize,
 }
 
@@ -56,8 +60,8 @@ impl FaultTable {
     /// The host refuses signal handlers.
     pub fn new(range: Range<usize>) -> io::Result<Self> {
         install()?;
-        let entries = (0..range.len() / BYTES_PER_FAULT).map(|_| Default::default()).collect();
-        let faults = Box::new(Faults { entries, len: AtomicUsize::new(0) });
+        let entries = zeroed(range.len() / BYTES_PER_FAULT);
+        let faults = Box::new(Faults { start: range.start, entries, len: AtomicUsize::new(0) });
         let registration = Registration::new(range, &raw const *faults);
         Ok(FaultTable { faults, _registration: registration })
     }
@@ -70,9 +74,9 @@ impl FaultTable {
     /// Adds an instruction at a higher address than all before. Without room it is not added.
     pub fn push(&mut self, instruction: u64, resume: u64) {
         let len = self.faults.len.load(Ordering::Relaxed);
-        if let Some((from, to)) = self.faults.entries.get(len) {
-            from.store(instruction as usize, Ordering::Relaxed);
-            to.store(resume as usize, Ordering::Relaxed);
+        if let Some(entry) = self.faults.entries.get(len) {
+            let start = self.faults.start as u64;
+            entry.store((instruction - start) << 32 | (resume - start), Ordering::Relaxed);
             self.faults.len.store(len + 1, Ordering::Release);
         }
     }
@@ -86,9 +90,19 @@ impl FaultTable {
 impl Faults {
     fn find(&self, rip: usize) -> Option<usize> {
         let entries = self.entries.get(..self.len.load(Ordering::Acquire))?;
-        let found = entries.binary_search_by_key(&rip, |(from, _)| from.load(Ordering::Relaxed)).ok()?;
-        Some(entries[found].1.load(Ordering::Relaxed))
+        let offset = rip.checked_sub(self.start)? as u64;
+        let found =
+            entries.binary_search_by_key(&offset, |entry| entry.load(Ordering::Relaxed) >> 32).ok()?;
+        Some(self.start + entries[found].load(Ordering::Relaxed) as u32 as usize)
     }
+}
+
+/// So many zeroes, of which none takes memory before it is written.
+fn zeroed(len: usize) -> Box<[AtomicU64]> {
+    let words = Box::into_raw(vec![0u64; len].into_boxed_slice());
+    const { assert!(align_of::<AtomicU64>() == align_of::<u64>()) };
+    // SAFETY: an atomic word has the size, the alignment and the values of a plain one, and the box is nobody else's.
+    unsafe { Box::from_raw(words as *mut [AtomicU64]) }
 }
 
 /// Makes faults in a range of addresses known as those of thunks, while it lives.

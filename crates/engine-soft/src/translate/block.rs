@@ -7,20 +7,18 @@
 //! Addresses in a unit are relative to the page it was made from ([`crate::area::RunState::page`]), so that one translation
 //! serves wherever the page is mapped.
 
-use std::sync::Arc;
-
 use iced_x86::{Decoder, Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind};
 use x86::paging::PAGE_SIZE;
 
 use super::asm::{Address, Alu, Asm, Label, Reg, Rm, Width, cond};
-use super::cache::{Cache, NewUnit, Site, Variant};
+use super::cache::{Cache, NewUnit, Variant};
 use super::classes::{Class, is_faulting};
 use super::flags::{Effects, Place, Use, usage, written_registers};
 use super::recipe::Recipe;
 use super::registers::{T0, T1, home, is_high_byte, part};
 use super::runtime::{self, Kind, Routines};
 use super::spans::Spans;
-use super::stubs::{Cold, NewLink, SitePurpose};
+use super::stubs::{Cold, NewLink, NewSite, SitePurpose};
 use crate::area::{ATTENTION_OFFSET, gpr_offset, run_offset};
 use crate::cpu::class;
 use crate::interp::block::Block;
@@ -39,7 +37,7 @@ pub(super) struct Builder<'a> {
     pub routines: Routines,
     pub block: &'a Block,
     pub cold: Vec<Cold>,
-    pub sites: Vec<(Site, Option<Label>, Option<Label>)>,
+    pub sites: Vec<NewSite>,
     pub links: Vec<NewLink>,
     pub faults: Vec<(u64, Label)>,
     pub first_site: u32,
@@ -94,14 +92,14 @@ pub fn is_supported() -> bool {
     std::is_x86_feature_detected!("avx") && std::is_x86_feature_detected!("bmi2")
 }
 
-/// Translates a block. `None` if there is nothing to gain.
-pub fn translate(
+/// Translates a block.
+pub fn translate<'a>(
     cache: &Cache,
-    encoder: &mut Encoder,
-    info: &mut InstructionInfoFactory,
-    block: &Arc<Block>,
+    encoder: &'a mut Encoder,
+    info: &'a mut InstructionInfoFactory,
+    block: &'a Block,
     variant: Variant,
-) -> NewUnit {
+) -> NewUnit<'a> {
     let kind = variant.kind();
     let mut builder = Builder {
         asm: cache.asm(),
@@ -144,7 +142,7 @@ pub fn translate(
     if let Some(round) = builder.rounds {
         builder.rounds_body(&instructions, round);
     }
-    builder.finish(block.clone(), entries)
+    builder.finish(entries)
 }
 
 impl Builder<'_> {

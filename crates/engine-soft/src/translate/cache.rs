@@ -1,19 +1,19 @@
 //! Translated blocks of one vCPU: the memory they are in, how they are found, and how they refer to each other.
 
 use std::io;
-use std::sync::Arc;
 
-use rustc_hash::FxHashMap;
+use x86::paging::{PAGE_MASK, PAGE_SIZE};
 
+use super::asm::Asm;
+use super::flags::Place;
+use super::index::{Index, Second};
+use super::records::{EntryOffsets, Link, NONE, Site, Unit};
+use super::runtime::{self, Kind, Routines, SlowPath};
+use super::table::Table;
 use crate::interp::block::Block;
-use crate::interp::op::Op;
 use crate::native::arena::Arena;
 use crate::native::faults::FaultTable;
 use crate::tlb::{PRIVILEGES, Privilege};
-use crate::translate::asm::Asm;
-use crate::translate::block::Entries;
-use crate::translate::flags::Place;
-use crate::translate::runtime::{self, Kind, Routines, SlowPath};
 
 /// What besides the guest-physical address decides about a block's translation, packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +47,11 @@ impl Variant {
                 | u32::from(parts.disabled) << 8
                 | u32::from(parts.segments) << 16,
         )
+    }
+
+    /// As a number.
+    pub fn packed(self) -> u32 {
+        self.0
     }
 
     /// With which rights data are accessed.
@@ -95,114 +100,6 @@ impl Variant {
     }
 }
 
-/// Code that is entered from elsewhere.
-pub struct Unit {
-    /// What it was made from; its operations are what sites refer to.
-    pub block: Arc<Block>,
-    /// Its variant.
-    pub variant: Variant,
-    /// Where it is entered.
-    pub entries: Entries,
-    /// Branches of other units, and its own, that lead here.
-    incoming: Vec<u32>,
-}
-
-/// What a site is for.
-#[derive(Clone, Copy, Debug)]
-pub enum Purpose {
-    /// A memory access that was not found in the TLB.
-    Access {
-        /// Where the address comes from.
-        address: AddressSource,
-        /// Bytes accessed.
-        len: u8,
-        /// It is a store, or a load of what is stored to.
-        write: bool,
-        /// What the address has to be a multiple of, else the instruction faults before it accesses anything.
-        alignment: u8,
-        /// Where the lookup begins.
-        retry: u64,
-    },
-    /// The first of several accesses that share a lookup, whose span was not found in the TLB.
-    Span {
-        /// The access itself.
-        access: SpanLead,
-        /// Where the lookup begins.
-        retry: u64,
-        /// The branch to the same instruction in a translation without spans.
-        otherwise: u32,
-    },
-    /// The interpreter executes the instruction.
-    Interpret,
-}
-
-/// The first access of a span.
-#[derive(Clone, Copy, Debug)]
-pub struct SpanLead {
-    /// Where its own address comes from.
-    pub address: AddressSource,
-    /// Bytes that it accesses itself.
-    pub len: u8,
-    /// It is a store itself.
-    pub write: bool,
-    /// What its address has to be a multiple of.
-    pub alignment: u8,
-    /// Offset of its own first byte in the span.
-    pub offset: u16,
-    /// Bytes of the span.
-    pub span: u16,
-    /// One of the span's accesses is a store.
-    pub span_write: bool,
-}
-
-/// How a site's linear address is computed again.
-#[derive(Clone, Copy, Debug)]
-pub enum AddressSource {
-    /// The instruction's memory operand.
-    Operand,
-    /// RSP plus this.
-    Stack(i8),
-}
-
-/// A place in translated code from which Rust code is called.
-#[derive(Clone, Copy, Debug)]
-pub struct Site {
-    /// The instruction.
-    pub op: *const Op,
-    /// Its offset in the page.
-    pub offset: u16,
-    /// The variant it was translated for.
-    pub variant: Variant,
-    /// Why Rust code is called.
-    pub purpose: Purpose,
-    /// Where the code after the instruction begins; 0 if the block has to be left there.
-    pub resume: u64,
-}
-
-/// A direct branch that can lead straight to another unit.
-#[derive(Clone, Copy, Debug)]
-pub struct Link {
-    /// Address of its rel32.
-    pub field: u64,
-    /// Where it leads while it is not linked.
-    pub unlinked: u64,
-    /// Where the flags are when it is taken.
-    pub flags: Place,
-    /// For a branch into another page, the comparison before it, which says whether the link still holds.
-    pub guard: Option<Guard>,
-    /// It leads to a translation without spans.
-    pub without_spans: bool,
-}
-
-/// The fields of a comparison of a mapping's number (`RunState::epochs`) with the one that a branch was linked for.
-#[derive(Clone, Copy, Debug)]
-pub struct Guard {
-    /// Address of the offset of the number.
-    pub offset: u64,
-    /// Address of the immediate.
-    pub number: u64,
-}
-
 /// The mapping that a link holds for.
 #[derive(Clone, Copy, Debug)]
 pub struct Epoch {
@@ -217,23 +114,28 @@ pub struct Cache {
     arena: Arena,
     faults: FaultTable,
     routines: [Routines; 2],
-    units: Vec<Unit>,
-    by_address: FxHashMap<(u64, Variant), u32>,
-    by_page: FxHashMap<u64, Vec<u32>>,
-    /// See [`Site`].
-    pub sites: Vec<Site>,
-    links: Vec<Link>,
+    units: Table<Unit>,
+    sites: Table<Site>,
+    links: Table<Link>,
+    index: Index,
     /// Where [`Cache::clear`] goes back to.
     first_free: usize,
     /// How often everything was forgotten: numbers of units, sites and links mean something only in between.
     clears: u64,
 }
 
-// SAFETY: the pointers in sites lead into blocks that the units keep alive.
-unsafe impl Send for Cache {}
+/// A part of a unit's bytes that lies in one page.
+pub struct Part<'a> {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Generation of the page when the bytes were last known to be right.
+    pub generation: u32,
+    /// The bytes that the unit was made from.
+    pub bytes: &'a [u8],
+}
 
 impl Cache {
-    /// Room for `capacity_bytes` of code.
+    /// Room for `capacity_bytes` of code and what is known of it.
     ///
     /// # Errors
     /// The host refuses executable memory or signal handlers.
@@ -248,11 +150,10 @@ impl Cache {
             arena,
             faults,
             routines,
-            units: Vec::new(),
-            by_address: FxHashMap::default(),
-            by_page: FxHashMap::default(),
-            sites: Vec::new(),
-            links: Vec::new(),
+            units: Table::new(),
+            sites: Table::new(),
+            links: Table::new(),
+            index: Index::new(capacity_bytes),
             first_free,
             clears: 0,
         })
@@ -275,12 +176,12 @@ impl Cache {
 
     /// Number that the next site gets.
     pub fn next_site(&self) -> u32 {
-        self.sites.len() as u32
+        self.sites.len()
     }
 
     /// Number that the next link gets.
     pub fn next_link(&self) -> u32 {
-        self.links.len() as u32
+        self.links.len()
     }
 
     /// A value that changes when all numbers lose their meaning.
@@ -290,128 +191,317 @@ impl Cache {
 
     /// A unit by its number.
     pub fn unit(&self, number: u32) -> &Unit {
-        &self.units[number as usize]
+        &self.units[number]
+    }
+
+    /// A site by its number.
+    pub fn site(&self, number: u32) -> &Site {
+        &self.sites[number]
+    }
+
+    /// A link by its number.
+    pub fn link(&self, number: u32) -> &Link {
+        &self.links[number]
+    }
+
+    /// The host address of an offset in a unit's code.
+    pub fn address(&self, unit: &Unit, offset: u16) -> u64 {
+        self.arena.range().start as u64 + u64::from(unit.code) + u64::from(offset)
+    }
+
+    /// Where a unit is entered with the flags at a place.
+    pub fn entry(&self, unit: u32, flags: Place) -> u64 {
+        let unit = &self.units[unit];
+        self.address(unit, u16::from(unit.entries.of(flags)))
+    }
+
+    /// Guest-physical address of the second page of a unit that spans pages.
+    pub fn second_page(&self, number: u32) -> Option<u64> {
+        self.units[number].spans.then(|| self.index.second(number)).flatten().map(|second| second.gpa)
+    }
+
+    /// The bytes that a unit was made from.
+    fn guest_bytes(&self, unit: &Unit) -> &[u8] {
+        let start = unit.code as usize + usize::from(unit.code_len);
+        self.arena.bytes(start..start + usize::from(unit.guest_len))
+    }
+
+    /// The same, by the pages that they are in.
+    pub fn parts(&self, number: u32) -> impl Iterator<Item = Part<'_>> {
+        let unit = &self.units[number];
+        let bytes = self.guest_bytes(unit);
+        let second = unit.spans.then(|| self.index.second(number)).flatten();
+        let in_first = match second {
+            Some(_) => (PAGE_SIZE - (unit.gpa & PAGE_MASK)) as usize,
+            None => bytes.len(),
+        };
+        let (head, tail) = bytes.split_at(in_first.min(bytes.len()));
+        let first = Part { gpa: unit.gpa, generation: unit.generation, bytes: head };
+        let rest = second.map(|second| Part { gpa: second.gpa, generation: second.generation, bytes: tail });
+        std::iter::once(first).chain(rest)
+    }
+
+    /// The bytes of a site's instruction, and of what follows in its unit.
+    pub fn instruction_bytes(&self, site: &Site) -> &[u8] {
+        let unit = &self.units[site.unit];
+        let start = usize::from(site.offset()).wrapping_sub((unit.gpa & PAGE_MASK) as usize);
+        self.guest_bytes(unit).get(start..).unwrap_or_default()
+    }
+
+    /// The bytes of a unit were compared with memory, in which the pages of its parts have these generations.
+    pub fn set_generations(&mut self, number: u32, generations: [u32; 2]) {
+        self.units[number].generation = generations[0];
+        if let Some(second) = self.index.second_mut(number) {
+            second.generation = generations[1];
+        }
     }
 
     /// The unit for a guest-physical address. Whether its page changed since is not looked at.
     pub fn find(&self, gpa: u64, variant: Variant) -> Option<u32> {
-        self.by_address.get(&(gpa, variant)).copied()
+        self.index.find(&self.units, gpa, variant)
     }
 
-    /// Places a unit's code. `None` if there is no room; then [`Cache::clear`] has to be called.
-    pub fn insert(&mut self, new: NewUnit) -> Option<u32> {
+    /// Forgets the unit for a guest-physical address, if there is one. If so, no jump may lead to it any more.
+    pub fn forget(&mut self, gpa: u64, variant: Variant) -> bool {
+        let Some(number) = self.find(gpa, variant) else { return false };
+        self.index.remove(&mut self.units, number);
+        true
+    }
+
+    /// Places a unit's code, which is not there yet. `None` if there is no room; then [`Cache::clear`] has to be called.
+    pub fn insert(&mut self, new: NewUnit<'_>) -> Option<u32> {
         if self.faults.room() < new.faults.len() {
             return None;
         }
-        self.arena.place(&new.code)?;
+        let (code, number) = (self.arena.used() as u32, self.units.len());
+        // (No block comes near that length.)
+        let code_len = u16::try_from(new.code.len()).ok()?;
+        self.arena.place(&[&new.code, &*new.block.bytes].concat())?;
         for (instruction, stub) in new.faults {
             self.faults.push(instruction, stub);
         }
-        let number = self.units.len() as u32;
-        self.sites.extend(new.sites);
-        self.links.extend(new.links);
-        let (gpa, variant) = (new.block.gpa(), new.variant);
-        let second_page = new.block.second.as_ref().map(|second| second.gpa >> 12);
-        self.units.push(Unit { block: new.block, variant, entries: new.entries, incoming: Vec::new() });
-        if let Some(old) = self.by_address.insert((gpa, variant), number) {
-            // Its code was not right any more.
-            self.forget(old);
+        for mut site in new.sites {
+            site.unit = number;
+            self.sites.push(&mut self.arena, site)?;
         }
-        for page in std::iter::once(gpa >> 12).chain(second_page) {
-            self.by_page.entry(page).or_default().push(number);
+        let first_link = self.links.len();
+        for link in new.links {
+            self.links.push(&mut self.arena, Link { field: code + link.field, ..link })?;
         }
+        let Block { first, second, bytes, .. } = new.block;
+        let unit = Unit {
+            gpa: first.gpa,
+            variant: new.variant,
+            generation: first.generation(),
+            code,
+            first_link,
+            next_of_bucket: NONE,
+            next_of_page: NONE,
+            code_len,
+            guest_len: bytes.len() as u16,
+            entries: new.entries,
+            spans: second.is_some(),
+        };
+        self.units.push(&mut self.arena, unit)?;
+        let second =
+            second.as_ref().map(|second| Second { gpa: second.gpa, generation: second.generation() });
+        self.index.insert(&mut self.units, number, second);
         Some(number)
     }
 
-    /// A unit that will not be entered again.
-    fn forget(&mut self, number: u32) {
-        let block = &self.units[number as usize].block;
-        for page in std::iter::once(block.gpa() >> 12).chain(block.second.as_ref().map(|s| s.gpa >> 12)) {
-            if let Some(numbers) = self.by_page.get_mut(&page) {
-                numbers.retain(|other| *other != number);
+    /// Makes a branch lead straight to a unit: for good if both lie in the same page, else as long as `epoch` lasts.
+    pub fn connect(&mut self, link: u32, unit: u32, epoch: Epoch) {
+        let record = self.links[link];
+        let Link { field, flags, .. } = record;
+        if record.is_guarded() {
+            let guard = field - u32::from(record.guard);
+            self.arena.patch(guard, epoch.offset.to_le_bytes());
+            self.arena.patch(guard + 4, epoch.number.to_le_bytes());
+        }
+        let unit = &self.units[unit];
+        self.lead(field, unit.code + u32::from(unit.entries.of(flags)));
+    }
+
+    /// Makes the branch whose rel32 is at `field` go to `target`.
+    fn lead(&mut self, field: u32, target: u32) {
+        self.arena.patch(field, target.wrapping_sub(field + 4).to_le_bytes());
+    }
+
+    /// The page may have changed: no branch of it leads straight to a unit of it any more. `generation` is the one that it has
+    /// now. Returns whether there is a unit of it; then branches from other pages have to be told by the end of their
+    /// epochs.
+    pub fn suspend_page(&mut self, gpa: u64, generation: Option<u32>) -> bool {
+        let units = self.index.suspend(&self.units, gpa, generation);
+        for unit in &units {
+            self.disconnect(*unit);
+        }
+        !units.is_empty()
+    }
+
+    /// No branch of a unit leads straight to another of its page.
+    fn disconnect(&mut self, number: u32) {
+        let first = self.units[number].first_link;
+        let is_last = number + 1 == self.units.len();
+        let end = if is_last { self.links.len() } else { self.units[number + 1].first_link };
+        for link in first..end {
+            let link = self.links[link];
+            if !link.is_guarded() {
+                self.lead(link.field, link.field + u32::from(link.unlinked));
             }
         }
     }
 
-    /// Makes a branch lead straight to a unit, as long as `epoch` lasts if it is one into another page.
-    pub fn link(&mut self, link: u32, unit: u32, epoch: Epoch) {
-        let record = self.links[link as usize];
-        let target = &mut self.units[unit as usize];
-        let entry = match record.flags {
-            Place::Host => target.entries.host,
-            Place::Memory => target.entries.memory,
-            Place::Both | Place::Repeat => target.entries.both,
-        };
-        target.incoming.push(link);
-        if let Some(guard) = record.guard {
-            self.arena.patch(guard.offset, epoch.offset.to_le_bytes());
-            self.arena.patch(guard.number, epoch.number.to_le_bytes());
-        }
-        self.lead(record.field, entry);
-    }
-
-    /// Whether a branch leads to a translation without spans.
-    pub fn is_without_spans(&self, link: u32) -> bool {
-        self.links[link as usize].without_spans
-    }
-
-    /// Whether a branch looks before it whether its target is still where it was.
-    pub fn is_guarded(&self, link: u32) -> bool {
-        self.links[link as usize].guard.is_some()
-    }
-
-    /// Makes the branch whose rel32 is at `field` go to `target`.
-    fn lead(&mut self, field: u64, target: u64) {
-        self.arena.patch(field, (target.wrapping_sub(field + 4) as u32).to_le_bytes());
-    }
-
-    /// The page may have changed: no branch leads straight to a unit of it any more. Returns whether there is one.
-    pub fn suspend_page(&mut self, gpa: u64) -> bool {
-        let Some(numbers) = self.by_page.get(&(gpa >> 12)) else { return false };
-        let units = &mut self.units;
-        let links: Vec<u32> =
-            numbers.iter().flat_map(|number| std::mem::take(&mut units[*number as usize].incoming)).collect();
-        for link in links {
-            let Link { field, unlinked, .. } = self.links[link as usize];
-            self.lead(field, unlinked);
-        }
-        true
-    }
-
-    /// Guest-physical addresses of the pages that were written since a unit of them was last looked at.
-    pub fn changed_pages(&self) -> Vec<u64> {
-        let changed =
-            |numbers: &Vec<u32>| numbers.iter().any(|n| !self.units[*n as usize].block.is_current());
-        self.by_page.iter().filter(|(_, numbers)| changed(numbers)).map(|(page, _)| page << 12).collect()
+    /// See [`Index::changed_pages`].
+    pub fn changed_pages(&self, generation: impl Fn(u64) -> Option<u32>) -> Vec<u64> {
+        self.index.changed_pages(generation)
     }
 
     /// Forgets every unit. None may be running, and no address of one may be used afterwards.
     pub fn clear(&mut self) {
         self.units.clear();
-        self.by_address.clear();
-        self.by_page.clear();
         self.sites.clear();
         self.links.clear();
+        self.index.clear();
         self.faults.clear();
         self.arena.truncate(self.first_free);
+        self.arena.reclaim_chunks();
         self.clears += 1;
     }
 }
 
 /// A unit that has been assembled for [`Cache::asm`]'s place.
-pub struct NewUnit {
+pub struct NewUnit<'a> {
     /// What it was made from.
-    pub block: Arc<Block>,
+    pub block: &'a Block,
     /// Its variant.
     pub variant: Variant,
     /// Its code.
     pub code: Vec<u8>,
-    /// See [`Unit::entries`].
-    pub entries: Entries,
-    /// Its sites, numbered from [`Cache::next_site`].
+    /// Where it is entered.
+    pub entries: EntryOffsets,
+    /// Its sites, numbered from [`Cache::next_site`]. The unit's number is not known yet.
     pub sites: Vec<Site>,
-    /// Its branches, numbered from [`Cache::next_link`].
+    /// Its branches, numbered from [`Cache::next_link`]. Their fields are relative to the code.
     pub links: Vec<Link>,
     /// Instructions that the host may fault on, ascending, and where to go on then.
     pub faults: Vec<(u64, u64)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use iced_x86::{Encoder, InstructionInfoFactory};
+
+    use super::*;
+    use crate::cpu::Cpu;
+    use crate::interp::block::Extent;
+    use crate::interp::decode::decode;
+    use crate::native::Thunks;
+    use crate::translate::block::translate;
+
+    const CAPACITY: usize = 4 << 20;
+    /// ADD [RBX], 1; MOV RAX, [RBX+8]; JNZ forward.
+    const CODE: [u8; 10] = [0x48, 0x83, 0x03, 0x01, 0x48, 0x8b, 0x43, 0x08, 0x75, 0x20];
+    static GENERATION: AtomicU32 = AtomicU32::new(0);
+
+    extern "C" fn no_slow_path(_: *mut Cpu, _: u32) -> u64 {
+        0
+    }
+
+    fn block(thunks: &mut Thunks, gpa: u64) -> Block {
+        let decoded = decode(&CODE, 64, gpa, 8, thunks).unwrap();
+        Block {
+            ops: decoded.ops.into(),
+            instructions: decoded.instructions,
+            thunks: decoded.thunks,
+            bytes: CODE.into(),
+            first: Extent { gpa, cell: &GENERATION, generation: AtomicU32::new(0) },
+            second: None,
+            heat: AtomicU32::new(0),
+        }
+    }
+
+    fn variant() -> Variant {
+        Variant::new(VariantParts {
+            privilege: Privilege::User,
+            code_bits: 64,
+            disabled: 0,
+            x87: true,
+            segments: u8::MAX,
+        })
+    }
+
+    /// Fills a cache with the same code at many addresses; returns the number of units.
+    fn fill(cache: &mut Cache) -> u64 {
+        let (mut encoder, mut info) = (Encoder::new(64), InstructionInfoFactory::new());
+        let mut thunks = Thunks::new().unwrap();
+        for count in 0.. {
+            let block = block(&mut thunks, count << 6);
+            let unit = translate(cache, &mut encoder, &mut info, &block, variant());
+            if cache.insert(unit).is_none() {
+                return count;
+            }
+            assert!(cache.arena.occupied() <= CAPACITY, "more in use than was granted");
+        }
+        unreachable!("the cache has no end")
+    }
+
+    #[test]
+    fn units_are_small_and_together_keep_to_the_limit() {
+        let mut cache = Cache::new(CAPACITY, no_slow_path).unwrap();
+        let empty = cache.arena.occupied();
+        let count = fill(&mut cache);
+        let code: u64 = (0..count).map(|number| u64::from(cache.units[number as u32].code_len)).sum();
+        let records = ((CAPACITY - empty) as u64 - code) / count;
+        assert!(records <= 150, "{records} bytes for a unit of three instructions besides its code");
+        cache.clear();
+        assert_eq!(cache.arena.occupied(), empty);
+        assert!(cache.find(0, variant()).is_none());
+        assert_eq!(fill(&mut cache), count, "a cache that was cleared holds as much as a new one");
+    }
+
+    #[test]
+    fn units_are_found_until_they_are_forgotten() {
+        let mut cache = Cache::new(CAPACITY, no_slow_path).unwrap();
+        let count = fill(&mut cache);
+        for number in 0..count {
+            assert_eq!(cache.find(number << 6, variant()), Some(number as u32));
+        }
+        assert!(cache.forget(0x1040, variant()));
+        assert!(!cache.forget(0x1040, variant()));
+        assert_eq!(cache.find(0x1040, variant()), None);
+        assert_eq!(cache.find(0x1080, variant()), Some(0x1080 >> 6));
+        assert_eq!(cache.parts(0x41).next().map(|part| part.bytes.to_vec()), Some(CODE.to_vec()));
+    }
+
+    #[test]
+    fn only_changed_pages_are_told_and_only_until_they_are_suspended() {
+        let mut cache = Cache::new(CAPACITY, no_slow_path).unwrap();
+        fill(&mut cache);
+        let now = |gpa: u64| Some(u32::from(gpa == 0x2000));
+        assert_eq!(cache.changed_pages(now), [0x2000]);
+        assert!(cache.suspend_page(0x2345, now(0x2000)));
+        assert!(cache.changed_pages(now).is_empty());
+        assert!(!cache.suspend_page(1 << 40, None), "there is nothing in that page");
+    }
+
+    #[test]
+    fn branches_of_a_suspended_page_lead_back_to_their_stubs() {
+        let mut cache = Cache::new(CAPACITY, no_slow_path).unwrap();
+        fill(&mut cache);
+        let link = cache.units[3].first_link;
+        let field = |cache: &Cache| {
+            let field = cache.links[link].field as usize;
+            cache.arena.bytes(field..field + 4).to_vec()
+        };
+        assert!(!cache.link(link).is_guarded(), "it leads into its own page");
+        let unlinked = field(&cache);
+        cache.connect(link, 4, Epoch { offset: 0, number: 0 });
+        assert_ne!(field(&cache), unlinked);
+        cache.suspend_page(0x1000, Some(1));
+        assert_ne!(field(&cache), unlinked, "another page has nothing to do with it");
+        cache.suspend_page(0, Some(1));
+        assert_eq!(field(&cache), unlinked);
+    }
 }

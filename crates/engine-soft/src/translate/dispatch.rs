@@ -2,7 +2,6 @@
 //! something is wanted that it cannot do.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use iced_x86::{Encoder, InstructionInfoFactory};
@@ -10,12 +9,15 @@ use x86::Exception;
 use x86::paging::{PAGE_MASK, PAGE_SIZE};
 
 use super::block::{is_supported, translate};
-use super::cache::{AddressSource, Cache, Purpose, Site, SpanLead, Unit, Variant, VariantParts};
+use super::cache::{Cache, Variant, VariantParts};
+use super::flags;
+use super::handled::{HandlerCall, HandlerCalls};
+use super::records::{self, Site, Span};
 use super::targets::Pages;
 use crate::area::NO_LINK;
-use crate::cpu::{Cpu, Mode, R, Raised, gpr, seg};
+use crate::cpu::{Cpu, Mode, R, Raised, seg};
 use crate::interp::block::Block;
-use crate::interp::op::{Flow, Op};
+use crate::interp::op::Flow;
 use crate::mmu::{Access, Place};
 
 /// How often a block is interpreted before it is translated.
@@ -28,7 +30,9 @@ const ALL_MASKED: u32 = 0x1f80;
 const X87_ALL_MASKED: u8 = 0x3f;
 /// FSW.ES, low byte.
 const X87_SUMMARY: u8 = 0x80;
-/// Code memory of a machine, shared out among its vCPUs.
+/// Longest instruction in bytes.
+const MAX_INSTRUCTION: usize = 15;
+/// Memory for translated code and what is known of it, of a whole machine: shared out among its vCPUs.
 pub const CODE_BYTES: usize = 128 << 20;
 
 /// What is translated.
@@ -55,6 +59,7 @@ struct Unlinked {
 /// One vCPU's translator.
 pub struct Translator {
     cache: Cache,
+    handler_calls: HandlerCalls,
     encoder: Encoder,
     info: InstructionInfoFactory,
     /// How often a block is interpreted before it is translated.
@@ -72,7 +77,7 @@ pub struct Translator {
 }
 
 impl Translator {
-    /// A translator with room for `code_bytes` of code; `None` if nothing is to be translated, or the host's processor is
+    /// A translator with room for `code_bytes` of code and what is known of it; `None` if nothing is to be translated, or the host's processor is
     /// too old.
     ///
     /// # Errors
@@ -88,6 +93,7 @@ impl Translator {
         }
         Ok(Some(Translator {
             cache: Cache::new(code_bytes, slow_path)?,
+            handler_calls: HandlerCalls::new(),
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
             hot,
@@ -190,7 +196,7 @@ impl Cpu {
         self.counters.target_misses += 1;
         let wanted = match unlinked {
             Some(Unlinked { link, clears, .. })
-                if clears == translator.cache.clears() && translator.cache.is_without_spans(link) =>
+                if clears == translator.cache.clears() && translator.cache.link(link).is_without_spans() =>
             {
                 variant.without_spans()
             }
@@ -200,16 +206,15 @@ impl Cpu {
             Some(unit) => unit,
             None => {
                 let block = self.find_block()?;
-                // SAFETY: the block is alive until the cache is changed, which only this thread does.
-                match self.new_unit(unsafe { &*block }, wanted) {
+                match self.new_unit(block, wanted) {
                     Some(unit) => unit,
                     None => return self.run_block(block),
                 }
             }
         };
         let Some(translator) = &self.translator else { return Ok(()) };
-        let Unit { block, entries, .. } = translator.cache.unit(unit);
-        let (code, spans) = (entries.memory, block.spans());
+        let code = translator.cache.entry(unit, flags::Place::Memory);
+        let spans = translator.cache.unit(unit).spans;
         let next_page = rip.wrapping_add(PAGE_SIZE);
         let global = self.is_global_code(rip) && (!spans || self.is_global_code(next_page));
         let epoch = self.user.epoch(global);
@@ -219,10 +224,10 @@ impl Cpu {
         match unlinked {
             // What spans pages depends on the mapping of both: a branch has to look.
             Some(Unlinked { link, clears: then, .. })
-                if then == clears && (!spans || translator.cache.is_guarded(link)) =>
+                if then == clears && (!spans || translator.cache.link(link).is_guarded()) =>
             {
                 self.counters.links += 1;
-                translator.cache.link(link, unit, epoch);
+                translator.cache.connect(link, unit, epoch);
             }
             _ => self.user.targets().insert(privilege, rip, code, global),
         }
@@ -269,7 +274,9 @@ impl Cpu {
             return;
         }
         translator.code_changes = changes;
-        for gpa in translator.cache.changed_pages() {
+        let Some(translator) = &self.translator else { return };
+        let changed = translator.cache.changed_pages(|gpa| self.code_generation(gpa));
+        for gpa in changed {
             self.suspend_code(gpa);
         }
     }
@@ -281,43 +288,60 @@ impl Cpu {
         let Some(gpa) = self.fetch_gpa(linear)? else { return Ok(None) };
         let Some(translator) = &self.translator else { return Ok(None) };
         let Some(unit) = translator.cache.find(gpa, variant) else { return Ok(None) };
-        let block = translator.cache.unit(unit).block.clone();
-        if !block.is_current() {
+        let second_page = translator.cache.second_page(unit);
+        let is_current =
+            translator.cache.parts(unit).all(|part| self.code_generation(part.gpa) == Some(part.generation));
+        if !is_current {
             // Its page was written, maybe by a device: nothing of it can be relied on until it has been looked at.
             self.suspend_code(gpa);
-            if !self.revalidate(&block) {
+            if self.revalidate_unit(unit).is_none() {
                 self.blocks.forget_heat(gpa, self.code_bits);
                 return Ok(None);
             }
         }
-        Ok(self.continues_at(&block, linear)?.then_some(unit))
+        Ok(self.continues_at(second_page, linear)?.then_some(unit))
     }
 
-    /// Translates a block if it is worth it.
-    fn new_unit(&mut self, block: &Block, variant: Variant) -> Option<u32> {
-        if block.heat() < self.translator.as_ref()?.hot {
+    /// Compares the bytes that a unit was made from with memory; `None` if they are others now.
+    fn revalidate_unit(&mut self, unit: u32) -> Option<()> {
+        let mut generations = [0; 2];
+        for (part, generation) in self.translator.as_ref()?.cache.parts(unit).zip(&mut generations) {
+            *generation = self.generation_with(part.gpa, part.bytes)?;
+        }
+        self.translator.as_mut()?.cache.set_generations(unit, generations);
+        Some(())
+    }
+
+    /// Translates a block if it is worth it; then it is dropped.
+    fn new_unit(&mut self, block: *const Block, variant: Variant) -> Option<u32> {
+        // SAFETY: the block is alive until the cache is changed, which only this thread does.
+        let (heat, gpa) = unsafe { ((*block).heat(), (*block).gpa()) };
+        if heat < self.translator.as_ref()?.hot {
             return None;
         }
-        let block = self.blocks.shared(block)?;
-        let unit = self.translate_block(&block, variant)?;
-        // It is not interpreted again; the translation keeps what it needs of it.
-        self.blocks.remove(&block);
-        Some(unit)
+        // (What does not lie in RAM is not in the cache, and is not translated.)
+        let block = self.blocks.take(gpa, self.code_bits)?;
+        let unit = self.translate_block(&block, variant);
+        if unit.is_none() {
+            self.blocks.put_back(self.code_bits, block);
+        }
+        unit
     }
 
-    fn translate_block(&mut self, block: &Arc<Block>, variant: Variant) -> Option<u32> {
+    fn translate_block(&mut self, block: &Block, variant: Variant) -> Option<u32> {
         self.counters.blocks_translated += 1;
-        let translator = self.translator.as_mut()?;
+        if self.translator.as_mut()?.cache.forget(block.gpa(), variant) {
+            // Its code was not right any more, or not here.
+            self.forget_targets();
+        }
         for _ in 0..2 {
-            let Translator { cache, encoder, info, .. } = translator.as_mut();
+            let Translator { cache, encoder, info, .. } = self.translator.as_mut()?.as_mut();
             let unit = translate(cache, encoder, info, block, variant);
             if let Some(number) = cache.insert(unit) {
                 return Some(number);
             }
             // No room: start over. Nothing of the old code runs now.
-            cache.clear();
-            self.user.targets().forget_everything();
-            self.user.end_epoch(false);
+            self.clear_translations();
         }
         None
     }
@@ -341,18 +365,19 @@ impl Cpu {
         self.prepare_tables(variant);
         let whole = self.find_block()?;
         // SAFETY: the block is alive until the cache is changed, which only this thread does.
-        let one = Arc::new(unsafe { &*whole }.first_instruction());
+        let one = unsafe { &*whole }.first_instruction();
         let Some(unit) = self.translate_block(&one, variant) else { return Ok(()) };
         let Some(translator) = &self.translator else { return Ok(()) };
-        let unit = translator.cache.unit(unit);
-        let entries = [unit.entries.memory, unit.entries.host, unit.entries.both];
-        self.enter(variant, entries[way % entries.len()])
+        let ways = [flags::Place::Memory, flags::Place::Host, flags::Place::Both];
+        let entry = translator.cache.entry(unit, ways[way % ways.len()]);
+        self.enter(variant, entry)
     }
 
     /// The page at a guest-physical address was written: translations of it are looked at again before they run.
     pub fn suspend_code(&mut self, gpa: u64) {
+        let generation = self.code_generation(gpa);
         let Some(translator) = &mut self.translator else { return };
-        if translator.cache.suspend_page(gpa) {
+        if translator.cache.suspend_page(gpa, generation) {
             self.forget_targets();
         }
     }
@@ -402,8 +427,16 @@ impl Cpu {
     pub fn clear_translations(&mut self) {
         let Some(translator) = &mut self.translator else { return };
         translator.cache.clear();
+        translator.handler_calls.clear();
         translator.unlinked = None;
         self.forget_targets();
+    }
+
+    /// Forgets which instructions were decoded for handlers.
+    pub(crate) fn forget_handler_calls(&mut self) {
+        if let Some(translator) = &mut self.translator {
+            translator.handler_calls.clear();
+        }
     }
 
     /// Runs translated code until it is left.
@@ -429,60 +462,45 @@ impl Cpu {
         }
         self.user.keep_returns(variant.privilege());
         self.hide_x87_addresses();
+        let link = self.user.run().link;
+        let Some(translator) = &mut self.translator else { return Ok(()) };
+        if link != NO_LINK {
+            let target = translator.cache.link(link).target;
+            self.user.rip = self.user.run().page.wrapping_add(target as u64);
+        }
         if self.code_bits == 32 {
             self.user.rip &= 0xffff_ffff;
         }
-        let (link, rip) = (self.user.run().link, self.user.rip);
-        let Some(translator) = &mut self.translator else { return Ok(()) };
-        let clears = translator.cache.clears();
+        let (rip, clears) = (self.user.rip, translator.cache.clears());
         translator.unlinked = (link != NO_LINK).then_some(Unlinked { link, rip, clears });
         if translator.raised { Err(Raised) } else { Ok(()) }
     }
 
     /// Does for translated code what it cannot do itself; returns where it goes on, or 0 to leave it.
-    fn serve(&mut self, site: &Site) -> u64 {
+    fn serve(&mut self, number: u32) -> u64 {
         self.hide_x87_addresses();
-        // SAFETY: operations live as long as the block, which the unit keeps.
-        let op = unsafe { &*site.op };
-        self.user.rip = self.user.run().page.wrapping_add(u64::from(site.offset));
-        self.next_ip = self.user.rip.wrapping_add(u64::from(op.len));
-        match site.purpose {
-            Purpose::Access { address, len, write, alignment, retry } => {
-                let linear = self.address_of(op, address);
-                let aligned = linear & (u64::from(alignment) - 1) == 0;
-                if aligned && self.now_in_tlb(linear, u64::from(len), write) {
-                    // A page that another vCPU wrote is no longer watched: before this one may write to it as to any other, it
-                    // has to know that its own code there is not to be relied on. (RIP is still at the instruction.)
-                    return if self.code_has_changed() { 0 } else { retry };
-                }
+        let Some(translator) = &self.translator else { return 0 };
+        let site = *translator.cache.site(number);
+        self.user.rip = self.user.run().page.wrapping_add(u64::from(site.offset()));
+        if let Some((access, retry)) = site.access() {
+            let span = site.span();
+            let is_found = match span {
+                Some(span) => self.span_now_in_tlb(&access, span),
+                None => self.now_in_tlb(&access),
+            };
+            if is_found {
+                // A page that another vCPU wrote is no longer watched: before this one may write to it as to any other, it
+                // has to know that its own code there is not to be relied on. (RIP is still at the instruction.)
+                return if self.code_has_changed() { 0 } else { self.address_in_unit(&site, retry) };
             }
-            Purpose::Span { access, retry, otherwise } => {
-                if self.span_now_in_tlb(op, access) {
-                    return if self.code_has_changed() { 0 } else { retry };
-                }
-                self.user.run().link = otherwise;
+            if let Some(span) = span {
+                self.leave_spans(&site, span);
                 return 0;
             }
-            Purpose::Interpret => {}
         }
-        self.counters.handler_calls += 1;
-        self.stop_block = false;
-        match (op.run)(self, op) {
-            Ok(flow) => {
-                self.user.rip = self.next_ip;
-                let code_changed = self.code_has_changed();
-                if flow == Flow::End
-                    || self.stop_block
-                    || code_changed
-                    || self.user.are_returns_forgotten()
-                    || self.variant() != Some(site.variant.of_state())
-                {
-                    return 0;
-                }
-                site.resume
-            }
+        match self.handle(number, &site) {
+            Ok(resume) => resume,
             Err(_) => {
-                self.fault_segment = op.segment;
                 if let Some(translator) = &mut self.translator {
                     translator.raised = true;
                 }
@@ -491,23 +509,83 @@ impl Cpu {
         }
     }
 
-    /// The linear address of an access.
-    fn address_of(&self, op: &Op, source: AddressSource) -> u64 {
-        let (segment, offset) = match source {
-            AddressSource::Operand => (usize::from(op.segment), op.offset(&self.user)),
-            AddressSource::Stack(offset) => (seg::SS, self.user.gpr[gpr::RSP].wrapping_add(offset as u64)),
-        };
-        self.wrap_linear(self.user.segment_base[segment].wrapping_add(offset))
+    /// The host address of an offset in the code of a site's unit.
+    fn address_in_unit(&self, site: &Site, offset: u16) -> u64 {
+        let Some(translator) = &self.translator else { return 0 };
+        translator.cache.address(translator.cache.unit(site.unit), offset)
     }
 
-    /// Tries to enter an address in the TLB so that a lookup finds it.
-    fn now_in_tlb(&mut self, linear: u64, len: u64, write: bool) -> bool {
-        if (linear & PAGE_MASK) + len > PAGE_SIZE {
+    /// Asks for the link to a site's instruction in a translation without spans.
+    fn leave_spans(&mut self, site: &Site, span: Span) {
+        let Some(translator) = &self.translator else { return };
+        let first_link = translator.cache.unit(site.unit).first_link;
+        self.user.run().link = first_link + u32::from(span.otherwise);
+    }
+
+    /// Executes a site's instruction by its handler; returns where translated code goes on, or 0 to leave it.
+    fn handle(&mut self, number: u32, site: &Site) -> R<u64> {
+        let HandlerCall { op, variant, resume } = self.handler_call(number, site)?;
+        self.counters.handler_calls += 1;
+        self.next_ip = self.user.rip.wrapping_add(u64::from(op.len));
+        self.stop_block = false;
+        let result = (op.run)(self, &op);
+        if result.is_err() {
+            self.fault_segment = op.segment;
+        }
+        let flow = result?;
+        self.user.rip = self.next_ip;
+        let has_to_leave = flow == Flow::End
+            || self.stop_block
+            || self.code_has_changed()
+            || self.user.are_returns_forgotten()
+            || self.variant() != Some(variant);
+        Ok(if has_to_leave { 0 } else { resume })
+    }
+
+    /// What executing a site's instruction takes.
+    fn handler_call(&mut self, number: u32, site: &Site) -> R<HandlerCall> {
+        match self.translator.as_ref().and_then(|translator| translator.handler_calls.find(number)) {
+            Some(call) => Ok(call),
+            None => match self.decode_site(number, site) {
+                Some(call) => Ok(call),
+                None => self.ud(),
+            },
+        }
+    }
+
+    #[cold]
+    fn decode_site(&mut self, number: u32, site: &Site) -> Option<HandlerCall> {
+        self.counters.sites_decoded += 1;
+        let cache = &self.translator.as_ref()?.cache;
+        let variant = cache.unit(site.unit).variant.of_state();
+        let resume = match site.resume() {
+            0 => 0,
+            offset => self.address_in_unit(site, offset),
+        };
+        let mut bytes = [0; MAX_INSTRUCTION];
+        let stored = cache.instruction_bytes(site);
+        let len = stored.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&stored[..len]);
+        let decoded = self.decode(&bytes[..len], 1).ok()?;
+        self.translator.as_mut()?.handler_calls.insert(number, decoded, variant, resume)
+    }
+
+    /// The linear address of an access.
+    fn address_of(&self, access: &records::Access) -> u64 {
+        let base = self.user.segment_base[usize::from(access.segment)];
+        self.wrap_linear(base.wrapping_add(access.offset(&self.user)))
+    }
+
+    /// Tries to enter the address of an access in the TLB so that a lookup finds it.
+    fn now_in_tlb(&mut self, access: &records::Access) -> bool {
+        let linear = self.address_of(access);
+        let is_aligned = linear & (u64::from(access.alignment) - 1) == 0;
+        if !is_aligned || (linear & PAGE_MASK) + u64::from(access.len) > PAGE_SIZE {
             return false;
         }
-        let access = if write { Access::Write } else { Access::Read };
-        matches!(self.translate(self.privilege, linear, access), Ok(Place::Host(_)))
-            && self.is_in_tlb(linear, write)
+        let kind = if access.write { Access::Write } else { Access::Read };
+        matches!(self.translate(self.privilege, linear, kind), Ok(Place::Host(_)))
+            && self.is_in_tlb(linear, access.write)
     }
 
     fn is_in_tlb(&self, linear: u64, write: bool) -> bool {
@@ -518,15 +596,12 @@ impl Cpu {
 
     /// As [`Cpu::now_in_tlb`] for a span, on behalf of its first access: of the others it is not known whether they will be
     /// made, so that they must not make the page dirty.
-    fn span_now_in_tlb(&mut self, op: &Op, access: SpanLead) -> bool {
-        let linear = self.address_of(op, access.address);
-        let low = linear.wrapping_sub(u64::from(access.offset));
-        let aligned = linear & (u64::from(access.alignment) - 1) == 0;
-        if !aligned || (low & PAGE_MASK) + u64::from(access.span) > PAGE_SIZE {
-            return false;
-        }
-        self.now_in_tlb(linear, u64::from(access.len), access.write)
-            && self.is_in_tlb(linear, access.span_write)
+    fn span_now_in_tlb(&mut self, access: &records::Access, span: Span) -> bool {
+        let linear = self.address_of(access);
+        let low = linear.wrapping_sub(u64::from(span.offset));
+        (low & PAGE_MASK) + u64::from(span.len) <= PAGE_SIZE
+            && self.now_in_tlb(access)
+            && self.is_in_tlb(linear, span.write)
     }
 }
 
@@ -534,7 +609,5 @@ impl Cpu {
 extern "C" fn slow_path(cpu: *mut Cpu, site: u32) -> u64 {
     // SAFETY: `Cpu::enter` put its own pointer there and does not use the reference until the code is left.
     let cpu = unsafe { &mut *cpu };
-    let Some(translator) = &cpu.translator else { return 0 };
-    let site = translator.cache.sites[site as usize];
-    cpu.serve(&site)
+    cpu.serve(site)
 }

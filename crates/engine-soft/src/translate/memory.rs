@@ -6,12 +6,11 @@ use iced_x86::{Code, Instruction, MemoryOperand, OpKind, Register};
 
 use super::asm::{Address, Alu, Label, Reg, Rm, Width, cond};
 use super::block::Builder;
-use super::cache::{AddressSource, SpanLead};
 use super::classes::is_faulting;
 use super::flags::{Use, usage};
 use super::registers::{GUEST_RSP, T0, T1, home, is_high_byte};
 use super::spans::{Member, Which};
-use super::stubs::SitePurpose;
+use super::stubs::{AddressSource, SitePurpose, SpanLead};
 use crate::area::{Layout, gpr_offset, run_offset, user_offset};
 use crate::cpu::{gpr, seg};
 use crate::interp::decode;
@@ -166,6 +165,11 @@ impl Builder<'_> {
     /// Whether an access finds what it needs without a comparison, so that the host's flags stay.
     fn is_found(&self, operand: Operand<'_>) -> bool {
         self.member(operand).is_some_and(|member| member.lead.is_none())
+    }
+
+    /// Whether an access looks up for others too: no way may lead past it.
+    fn is_lead(&self, operand: Operand<'_>) -> bool {
+        self.member(operand).is_some_and(|member| member.lead.is_some())
     }
 
     /// Makes sure that the host's flags are not needed if the access takes them.
@@ -345,7 +349,8 @@ impl Builder<'_> {
         let from_memory = instruction.op0_kind() == OpKind::Memory;
         if from_memory {
             self.free_flags();
-            let found = self.access(Operand::Of(instruction), self.word, false, Some(resume));
+            let past_stack = (!self.is_lead(stack)).then_some(resume);
+            let found = self.access(Operand::Of(instruction), self.word, false, past_stack);
             self.load_found(T0, found);
             self.asm.store(Width::W64, Rm::Area(run_offset!(temporary)), T0);
         }

@@ -10,7 +10,8 @@
 //! - [`block`]: one block's code; [`classes`], [`flags`], [`memory`], [`gather`], [`control`], [`stubs`]: its parts;
 //!   [`recipe`]: flags that are made again;
 //!   [`spans`]: which accesses share a lookup.
-//! - [`cache`]: code memory, blocks by address, links between them; [`targets`]: the table of jump targets.
+//! - [`cache`]: code memory, and the units in it; [`records`], [`table`], [`index`]: what is known of them, and where.
+//! - [`targets`]: the table of jump targets; [`handled`]: instructions that are left to the interpreter.
 //! - [`dispatch`]: when which code runs, and what happens between.
 //!
 //! Why it is shaped so, and what was tried: decision 0003.
@@ -23,10 +24,14 @@ mod control;
 pub mod dispatch;
 pub mod flags;
 mod gather;
+mod handled;
+mod index;
 mod memory;
 pub mod recipe;
+pub mod records;
 pub mod registers;
 pub mod runtime;
 pub mod spans;
 mod stubs;
+mod table;
 pub mod targets;

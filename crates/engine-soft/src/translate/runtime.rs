@@ -37,8 +37,10 @@ pub struct Routines {
     pub slow: u64,
     /// Leaves: RIP is the page plus [`T1`]; flags are in memory.
     pub exit: u64,
-    /// As `exit` with the flags in the host's register.
-    pub exit_host_flags: u64,
+    /// Leaves through the link whose number is in [`T1`], which says where it leads; flags are in memory.
+    pub exit_link: u64,
+    /// The same with the flags in the host's register.
+    pub exit_link_host_flags: u64,
     /// Leaves: RIP is in [`T0`]; flags are in memory.
     pub exit_to: u64,
     /// To be called: loads the x87 state. [`T0`], [`T1`] and flags are lost.
@@ -59,6 +61,7 @@ pub type SlowPath = extern "C" fn(cpu: *mut Cpu, site: u32) -> u64;
 /// Generates the routines of one kind at the assembler's place.
 pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
     let (reload, leave, save_and_leave) = (asm.label(), asm.label(), asm.label());
+    let save_and_leave_rip = asm.label();
 
     let enter = asm.address();
     for register in CALLEE_SAVED {
@@ -107,19 +110,19 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
     }
     asm.ret();
 
-    let exit_host_flags = asm.address();
-    asm.mov(T0, Reg::RAX);
-    asm.lahf();
-    asm.seto_al();
-    asm.store(Width::W16, Rm::Area(user_offset!(status)), Reg::RAX);
-    asm.mov(Reg::RAX, T0);
+    let exit_link_host_flags = asm.address();
+    save_flags_by(asm, T0);
+    let exit_link = asm.address();
+    asm.store(Width::W32, Rm::Area(run_offset!(link)), T1);
+    asm.jmp(save_and_leave);
     let exit = asm.address();
     asm.mov(T0, T1);
     asm.alu(Alu::Add, Width::W64, T0, Rm::Area(run_offset!(page)));
-    asm.jmp(save_and_leave);
+    asm.jmp(save_and_leave_rip);
     let exit_to = asm.address();
-    asm.bind(save_and_leave);
+    asm.bind(save_and_leave_rip);
     asm.store(Width::W64, Rm::Area(user_offset!(rip)), T0);
+    asm.bind(save_and_leave);
     save_registers(asm, kind);
     asm.store(Width::W64, Rm::Area(run_offset!(shadow_stack)), Reg::RSP);
     asm.jmp(leave);
@@ -142,7 +145,8 @@ pub fn generate(asm: &mut Asm, kind: Kind, slow_path: SlowPath) -> Routines {
         enter,
         slow,
         exit,
-        exit_host_flags,
+        exit_link,
+        exit_link_host_flags,
         exit_to,
         load_x87: load_x87_routine,
         load_vectors: load_vectors_routine,
@@ -213,11 +217,16 @@ fn load_flags(asm: &mut Asm) {
 
 /// The guest's flags from the host's register to memory. [`T1`] is lost, the host's flags are not.
 pub fn save_flags(asm: &mut Asm) {
-    asm.mov(T1, Reg::RAX);
+    save_flags_by(asm, T1);
+}
+
+/// The same; another register is lost.
+fn save_flags_by(asm: &mut Asm, scratch: Reg) {
+    asm.mov(scratch, Reg::RAX);
     asm.lahf();
     asm.seto_al();
     asm.store(Width::W16, Rm::Area(user_offset!(status)), Reg::RAX);
-    asm.mov(Reg::RAX, T1);
+    asm.mov(Reg::RAX, scratch);
 }
 
 /// The guest's flags from memory to the host's register. [`T1`] is lost.

@@ -14,7 +14,7 @@ use crate::native::MemoryUse;
 use crate::native::classify;
 
 /// Longest span in bytes. The longer, the more often it does not lie in one page.
-const MAX_SPAN: i64 = 512;
+pub(super) const MAX_SPAN: i64 = 512;
 /// Largest displacement (absolute) of an operand in a span: that of the span's first byte has to be one too.
 const MAX_DISPLACEMENT: u64 = (i32::MAX as i64 - MAX_SPAN) as u64;
 /// Spans in a block: each has a word in [`crate::area::RunState::spans`].
