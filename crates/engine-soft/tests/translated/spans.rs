@@ -279,3 +279,29 @@ fn a_repeated_store_stops_at_a_missing_page() {
         }
     });
 }
+
+/// A loop whose span is not in one page is linked to a translation without spans: it is not left at every turn.
+#[test]
+fn a_loop_across_a_border_stays_in_translated_code() {
+    const TURNS: u32 = 10_000;
+    let mut world = World::new(1, "on", 3, std::sync::Arc::new(NoDevices));
+    world.code(CODE, |a| {
+        let mut turn = a.create_label();
+        a.mov(ebp, TURNS)?;
+        a.set_label(&mut turn)?;
+        a.mov(rax, qword_ptr(rsp + 8))?;
+        a.add(rax, qword_ptr(rsp + 16))?;
+        a.mov(qword_ptr(rsp + 24), rax)?;
+        a.dec(ebp)?;
+        a.jne(turn)?;
+        end(a)
+    });
+    for stack in [BORDER - 40, BORDER - 16] {
+        let mut state = world.start();
+        state.regs.gpr[4] = stack;
+        let before = world.bench.cpu().counters.target_misses;
+        world.run(&state);
+        let left = world.bench.cpu().counters.target_misses - before;
+        assert!(left < 50, "RSP {stack:#x}: left {left} times");
+    }
+}
