@@ -305,3 +305,25 @@ fn a_loop_across_a_border_stays_in_translated_code() {
         assert!(left < 50, "RSP {stack:#x}: left {left} times");
     }
 }
+
+/// A push whose operand spans pages is executed as a whole by its handler: what it was to look up for the accesses after
+/// it has not been looked up then.
+#[test]
+fn a_push_from_two_pages_before_other_accesses_of_the_stack() {
+    each(&[0, 3], |world| {
+        turns(world, |a| {
+            a.push(qword_ptr(rbx))?;
+            a.push(0x12)?;
+            a.pop(rcx)?;
+            a.pop(rdx)
+        });
+        for (base, value, below) in [(DATA, 5, 0), (BORDER - 4, 7, 0x100)] {
+            world.bench.set64(base, value);
+            let mut state = world.start();
+            state.regs.gpr[3] = base;
+            state.regs.gpr[4] -= below;
+            world.run(&state);
+            assert_eq!([1, 2].map(|r| world.gpr(r)), [0x12, value], "{base:#x}");
+        }
+    });
+}
