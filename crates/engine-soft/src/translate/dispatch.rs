@@ -411,7 +411,8 @@ impl Cpu {
     fn renew_epochs(&mut self) {
         if self.user.epochs_are_used_up() {
             self.clear_translations();
-            self.user.run().epochs = [0; 2];
+            // Branches that are not linked compare with zero.
+            self.user.run().epochs = [1; 2];
         }
     }
 
