@@ -94,6 +94,32 @@ fn a_triple_fault_is_told_apart() -> Result<(), Error> {
     Ok(())
 }
 
+/// The interpreter and the translator do the same in every block of a boot and the power-off after it. (The kernel's tests
+/// of its ciphers would take as long again.)
+#[test]
+fn interpreter_and_translator_agree() -> Result<(), Error> {
+    let machine = Machine::new("lockstep")
+        .cpus("1")
+        .memory("256M")
+        .words("cryptomgr.notests")
+        .options(&["--engine", "soft", "-o", "soft.translate=check"])
+        .end(guest::End::Wait);
+    let mut running = machine.start()?;
+    running.wait_for("apiary: waiting")?;
+    let stats = guest::program("bhyvectl", &[&format!("--vm={}", machine.name()), "--get-stats"]);
+    let stats = String::from_utf8_lossy(&stats.stdout).into_owned();
+    let count = |name: &str| {
+        let line = stats.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_whitespace().last()?.parse::<u64>().ok())
+            .unwrap_or_else(|| panic!("no {name}: {stats}"))
+    };
+    let (both, once) = (count("instructions compared"), count("instructions run once"));
+    assert!(both > 100_000_000 && once < both / 100, "{both} instructions compared, {once} run once");
+    running.signal(rustix::process::Signal::TERM)?;
+    assert_status(&running.wait()?, status::POWEROFF);
+    Ok(())
+}
+
 /// Debian's kernel for everything, which probes for far more hardware.
 #[test]
 fn generic_kernel_boots() -> Result<(), Error> {

@@ -188,6 +188,9 @@ impl Drop for Area {
     }
 }
 
+/// A RIP that leaving for is what a return to it does: there is nothing to be tried first.
+pub const SOME_RIP: u64 = 0;
+
 /// The owning vCPU's access to its registers.
 pub struct Owner {
     area: Arc<Area>,
@@ -248,14 +251,13 @@ impl Owner {
         bottom as u64
     }
 
-    /// Sets where a return leads when nothing is on the stack of translated code: to `nowhere`.
-    pub fn prepare_returns(&mut self, privilege: Privilege, nowhere: u64) {
-        /// A RIP that leaving for is what a return to it does: there is nothing to be tried first.
-        const SOME_RIP: u64 = 0;
+    /// Sets where a return leads when nothing is on the stack of translated code: to `nowhere`, if it is one to either of two
+    /// RIPs ([`SOME_RIP`]).
+    pub fn prepare_returns(&mut self, privilege: Privilege, nowhere: u64, rips: [u64; 2]) {
         // SAFETY: only the owner touches it, and it is borrowed.
         let bottom = unsafe { &mut (*self.area.base.as_ptr()).shadows[privilege as usize].bottom };
         // A return that is not the top pair's looks at the next one too.
-        bottom[..4].copy_from_slice(&[nowhere, SOME_RIP, nowhere, SOME_RIP]);
+        bottom[..4].copy_from_slice(&[nowhere, rips[0], nowhere, rips[1]]);
     }
 
     /// Makes the stack of a privilege that of the code that is about to run.

@@ -16,6 +16,7 @@ use crate::msr::Msrs;
 use crate::native::Thunks;
 use crate::shared::{Counters, Shared};
 use crate::tlb::{Privilege, Tables};
+use crate::translate::check::{Check, Journal};
 use crate::translate::dispatch::Translator;
 use crate::user::status;
 
@@ -152,6 +153,10 @@ pub struct Cpu {
     pub thunks: Thunks,
     /// Makes host code of blocks that run often; `None` if everything is interpreted.
     pub translator: Option<Box<Translator>>,
+    /// What lets every block run both ways; `None` unless that is asked for.
+    pub check: Option<Box<Check>>,
+    /// What a block that runs both ways did to memory.
+    pub journal: Journal,
     /// Why the vCPU cannot go on at all, if so.
     pub fatal: Option<String>,
     /// Guest memory, as of the last look.

@@ -9,7 +9,9 @@ use x86::paging::{PAGE_MASK, PAGE_SIZE, fault, pte};
 
 use crate::cpu::{Cpu, R};
 use crate::interp::alu::Int;
+use crate::memory::MemoryMap;
 use crate::tlb::Privilege;
+use crate::translate::check::Journal;
 
 /// Kinds of access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +110,10 @@ impl Cpu {
     fn host_for_update_slow(&mut self, gva: u64, len: u64) -> R<Option<Update>> {
         self.watch(gva, len, Access::Write);
         match self.translate(self.privilege, gva, Access::Write)? {
-            Place::Host(host) => Ok(Some(Update { host, note: true })),
+            Place::Host(host) => {
+                self.journal.before_store(host, len as usize);
+                Ok(Some(Update { host, note: true }))
+            }
             Place::Io(_) => Ok(None),
         }
     }
@@ -301,6 +306,7 @@ impl Cpu {
     fn store_to(&mut self, place: Place, data: &[u8]) {
         match place {
             Place::Host(host) => {
+                self.journal.before_store(host, data.len());
                 // SAFETY: as in `load_from`; the page is writable.
                 unsafe { copy_out(data, host) };
                 self.note_store(host);
@@ -323,6 +329,7 @@ impl Cpu {
             let changes = map.code_changes();
             let more = slot.tracker().note_write(slot.page(gpa));
             if code {
+                self.journal.note_code(gpa);
                 self.stop_block = true;
                 self.counters.code_writes += 1;
                 self.code_was_written(&[gpa], Some((changes, more)));
@@ -332,6 +339,9 @@ impl Cpu {
     }
 
     fn io_read(&mut self, gpa: u64, data: &mut [u8]) {
+        if self.journal.keeps_from_device() {
+            return;
+        }
         self.counters.mmio += 1;
         if self.shared.chips.mmio_read(self.id, gpa, data) {
             return;
@@ -341,6 +351,9 @@ impl Cpu {
     }
 
     fn io_write(&mut self, gpa: u64, data: &[u8]) {
+        if self.journal.keeps_from_device() {
+            return;
+        }
         self.counters.mmio += 1;
         if self.shared.chips.mmio_write(self.id, gpa, data) {
             return;
@@ -393,6 +406,7 @@ impl Cpu {
             write = false;
         }
         let page_host = host as u64 & !PAGE_MASK;
+        write = self.journal.permits_stores(privilege, page, page_host, write);
         self.tlb().fill(privilege, page, page_host, !watched, write, walk.global);
         if write {
             // A vCPU that decodes code sets CODE before it takes store permissions away; look again now that ours can be seen.
@@ -487,7 +501,9 @@ impl Cpu {
                 let offset = (1u64 << shift) - 1;
                 let gpa = entry & pte::ADDRESS & !offset | gva & offset;
                 self.check_rights(privilege, gva, access, rights)?;
-                let Some(dirty) = mark_used_64(&map, &visited[..depth], access == Access::Write) else {
+                let Some(dirty) =
+                    mark_used_64(&map, &mut self.journal, &visited[..depth], access == Access::Write)
+                else {
                     return Ok(None);
                 };
                 let writable = dirty && self.may_write(privilege, rights);
@@ -530,7 +546,8 @@ impl Cpu {
         };
         rights.executable = true;
         self.check_rights(privilege, gva, access, rights)?;
-        let Some(dirty) = mark_used_32(&map, &visited[..depth], access == Access::Write) else {
+        let Some(dirty) = mark_used_32(&map, &mut self.journal, &visited[..depth], access == Access::Write)
+        else {
             return Ok(None);
         };
         let writable = dirty && self.may_write(privilege, rights);
@@ -586,7 +603,7 @@ impl Rights {
 
 /// Sets the accessed bits, and the dirty bit of the leaf for a store. Returns whether the leaf is dirty, or `None` if
 /// an entry is no longer what the walk saw.
-fn mark_used_64(map: &crate::memory::MemoryMap, visited: &[(u64, u64)], write: bool) -> Option<bool> {
+fn mark_used_64(map: &MemoryMap, journal: &mut Journal, visited: &[(u64, u64)], write: bool) -> Option<bool> {
     let last = visited.len() - 1;
     let mut dirty = false;
     for (index, &(address, entry)) in visited.iter().enumerate() {
@@ -601,6 +618,7 @@ fn mark_used_64(map: &crate::memory::MemoryMap, visited: &[(u64, u64)], write: b
             let slot = map.find(address)?;
             // SAFETY: an aligned word inside the slot.
             let cell = unsafe { AtomicU64::from_ptr(slot.host(address).cast()) };
+            journal.before_mark(slot.host(address), size_of::<u64>());
             cell.compare_exchange(entry, wanted, Ordering::SeqCst, Ordering::SeqCst).ok()?;
             slot.tracker().note_write(slot.page(address));
         }
@@ -609,7 +627,7 @@ fn mark_used_64(map: &crate::memory::MemoryMap, visited: &[(u64, u64)], write: b
 }
 
 /// As [`mark_used_64`] for 32-bit entries.
-fn mark_used_32(map: &crate::memory::MemoryMap, visited: &[(u64, u64)], write: bool) -> Option<bool> {
+fn mark_used_32(map: &MemoryMap, journal: &mut Journal, visited: &[(u64, u64)], write: bool) -> Option<bool> {
     let last = visited.len() - 1;
     let mut dirty = false;
     for (index, &(address, entry)) in visited.iter().enumerate() {
@@ -624,6 +642,7 @@ fn mark_used_32(map: &crate::memory::MemoryMap, visited: &[(u64, u64)], write: b
             let slot = map.find(address)?;
             // SAFETY: an aligned word inside the slot.
             let cell = unsafe { AtomicU32::from_ptr(slot.host(address).cast()) };
+            journal.before_mark(slot.host(address), size_of::<u32>());
             cell.compare_exchange(entry as u32, wanted as u32, Ordering::SeqCst, Ordering::SeqCst).ok()?;
             slot.tracker().note_write(slot.page(address));
         }

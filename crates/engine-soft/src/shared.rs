@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::Thread;
 use std::time::Instant;
 
@@ -142,6 +142,12 @@ pub struct Counters {
     pub control_registers: u64,
     /// TLB flushes.
     pub tlb_flushes: u64,
+    /// Blocks that ran both ways.
+    pub blocks_compared: u64,
+    /// Instructions of these.
+    pub instructions_compared: u64,
+    /// Comparisons that were made again because there was a difference.
+    pub comparisons_repeated: u64,
 }
 
 impl Counters {
@@ -156,7 +162,7 @@ impl Counters {
             + self.rdmsr
             + self.wrmsr
             + self.control_registers;
-        [
+        let mut list = vec![
             ("total number of vm exits", exits),
             ("vm exits due to external interrupt", self.interrupts),
             ("number of times hlt was intercepted", self.halts),
@@ -176,10 +182,16 @@ impl Counters {
             ("blocks translated", self.blocks_translated),
             ("stores to code pages", self.code_writes),
             ("tlb flushes", self.tlb_flushes),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+        ];
+        if self.blocks_compared != 0 {
+            list.extend([
+                ("blocks compared", self.blocks_compared),
+                ("instructions compared", self.instructions_compared),
+                ("instructions run once", self.instructions),
+                ("comparisons repeated", self.comparisons_repeated),
+            ]);
+        }
+        list.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
     }
 }
 
@@ -242,6 +254,40 @@ pub fn host_tsc_hz() -> u64 {
     })
 }
 
+/// Lets threads run one at a time, in the order in which they ask.
+#[derive(Default)]
+pub struct Turns {
+    queue: Mutex<Queue>,
+    /// Another is served.
+    next: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// The number that the next one gets.
+    asked: u64,
+    /// Whose turn it is.
+    served: u64,
+}
+
+impl Turns {
+    /// Waits for the calling thread's turn.
+    pub fn begin(&self) {
+        let mut queue = lock(&self.queue);
+        let own = queue.asked;
+        queue.asked += 1;
+        while queue.served != own {
+            queue = self.next.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends it.
+    pub fn end(&self) {
+        lock(&self.queue).served += 1;
+        self.next.notify_all();
+    }
+}
+
 /// One machine as all its vCPUs see it.
 pub struct Shared {
     /// The rest of the board.
@@ -254,6 +300,8 @@ pub struct Shared {
     pub strict_msr: bool,
     /// Makes a LOCKed access that spans pages, or goes to a device, one at a time.
     pub split_lock: Mutex<()>,
+    /// Makes vCPUs run one at a time, where every block runs both ways.
+    pub turns: Turns,
     map: RwLock<Arc<MemoryMap>>,
     /// The TSC offset that vCPUs share unless the guest sets them apart.
     tsc_offset: Mutex<u64>,
@@ -275,6 +323,7 @@ impl Shared {
             vcpus,
             strict_msr,
             split_lock: Mutex::new(()),
+            turns: Turns::default(),
             map: RwLock::default(),
             tsc_offset,
         }

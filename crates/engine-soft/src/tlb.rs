@@ -222,6 +222,23 @@ impl Tables {
         }
     }
 
+    /// Gives the entry of a linear page the store permission, if the page may be loaded from; whether it has it now.
+    pub fn permit_write(&self, privilege: Privilege, page: u64, host: u64) -> bool {
+        let (table, index) = (self.table(privilege), index_of(page));
+        let is_there = table.read[index].load(Ordering::Relaxed) == page
+            && table.host[index].load(Ordering::Relaxed) == host;
+        if is_there {
+            table.write[index].store(page, Ordering::Relaxed);
+        }
+        is_there
+    }
+
+    /// Takes the store permission from the entry of one linear page.
+    pub fn drop_write(&self, privilege: Privilege, gva: u64) {
+        let index = index_of(gva);
+        self.table(privilege).write[index].store(nothing(index), Ordering::Relaxed);
+    }
+
     /// Takes the store permission from every entry that leads to a host page. Callable from any thread.
     pub fn drop_writes_to(&self, host_page: u64) {
         for table in &self.0 {

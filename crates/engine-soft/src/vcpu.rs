@@ -15,9 +15,10 @@ use crate::cpu::{Cpu, Mode, host_tsc, seg};
 use crate::interp::block::{BlockCache, COLD_BLOCKS, INTERPRETED_BLOCKS};
 use crate::msr::Msrs;
 use crate::native::Thunks;
-use crate::shared::{Counters, Shared, attention, lock};
+use crate::shared::{Counters, Shared, Turns, attention, lock};
 use crate::system::interrupt::TripleFault;
 use crate::tlb::Privilege;
+use crate::translate::check::{Check, Journal};
 use crate::translate::dispatch::{Translate, Translator, enter_thread};
 
 /// CPUID leaf with the physical address width.
@@ -62,6 +63,12 @@ impl SoftVcpu {
         let translator = Translator::new(translate, code_bytes)
             .map_err(|source| EngineError::Host { what: "mapping memory for translated code", source })?
             .map(Box::new);
+        let checked = translate == Translate::Checked;
+        if checked && translator.is_none() {
+            let what =
+                "soft.translate=check: the host's processor has no AVX or no BMI2, so nothing is translated";
+            return Err(EngineError::Unsupported(what.to_owned()));
+        }
         // SAFETY: a vCPU is made once (see `SoftVm::soft_vcpu`).
         let user = unsafe { Owner::new(shared.vcpus[id as usize].area.clone()) };
         let bits = cpuid.lookup(ADDRESS_SIZES, 0).eax & 0xff;
@@ -101,9 +108,15 @@ impl SoftVcpu {
             cpuid: cpuid.clone(),
             reserved_physical: !((1u64 << bits) - 1) & x86::paging::pte::ADDRESS,
             has_1g_pages,
-            blocks: BlockCache::new(if translator.is_some() { COLD_BLOCKS } else { INTERPRETED_BLOCKS }),
+            blocks: BlockCache::new(if translator.is_some() && !checked {
+                COLD_BLOCKS
+            } else {
+                INTERPRETED_BLOCKS
+            }),
             thunks,
             translator,
+            check: None,
+            journal: if checked { Journal::kept() } else { Journal::default() },
             fatal: None,
             map: shared.map(),
             shared,
@@ -122,6 +135,7 @@ impl SoftVcpu {
         let offset = cpu.shared.common_tsc_offset(host_tsc().wrapping_neg());
         cpu.set_tsc_offset(offset);
         cpu.publish_waiting();
+        cpu.check = checked.then(|| Box::new(Check::new(&mut cpu)));
         Ok(SoftVcpu { cpu })
     }
 
@@ -166,14 +180,68 @@ enum Next {
     Leave(Exit),
 }
 
+/// This vCPU's turn, where they run one at a time.
+struct Turn<'a> {
+    /// `None` if they run as they like.
+    turns: Option<&'a Turns>,
+    is_on: bool,
+    /// Blocks that may still be run.
+    left: u32,
+}
+
+impl<'a> Turn<'a> {
+    /// Blocks in a turn.
+    const BLOCKS: u32 = 128;
+
+    fn new(turns: Option<&'a Turns>) -> Self {
+        Turn { turns, is_on: false, left: 0 }
+    }
+
+    /// A block is about to be run.
+    #[inline(always)]
+    fn go_on(&mut self) {
+        if let Some(turns) = self.turns {
+            self.next_block(turns);
+        }
+    }
+
+    fn next_block(&mut self, turns: &Turns) {
+        if self.left == 0 {
+            self.end();
+        }
+        if !self.is_on {
+            turns.begin();
+            self.is_on = true;
+            self.left = Self::BLOCKS;
+        }
+        self.left -= 1;
+    }
+
+    /// Lets others run.
+    fn end(&mut self) {
+        if let Some(turns) = self.turns.filter(|_| self.is_on) {
+            turns.end();
+            self.is_on = false;
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Cpu {
     fn run(&mut self) -> engine::Result<Exit> {
         let shared = self.shared.clone();
         let own = &shared.vcpus[self.id as usize];
         enter_thread(own.area.base());
         let mut until_publish = PUBLISH_EVERY;
+        let mut turn = Turn::new(self.check.is_some().then_some(&shared.turns));
         loop {
             if own.attention().load(Ordering::Relaxed) != 0 {
+                turn.end();
                 match self.attend() {
                     Ok(Next::Execute) => {}
                     Ok(Next::Leave(exit)) => return Ok(exit),
@@ -184,6 +252,7 @@ impl Cpu {
                 self.note_attention();
                 continue;
             }
+            turn.go_on();
             if let Err(TripleFault) = self.execute() {
                 return Ok(Exit::TripleFault);
             }

@@ -57,10 +57,12 @@ impl SoftVm {
                 ("translate", "on" | "yes" | "true" | "1") => Translate::Hot,
                 ("translate", "off" | "no" | "false" | "0") => Translate::Nothing,
                 ("translate", "always") => Translate::Everything,
+                ("translate", "check") => Translate::Checked,
                 ("translate", _) => {
                     return Err(EngineError::Unsupported(format!(
-                        "soft.translate={value}: give on (the default), off (everything is interpreted) or always (no \
-                         block is interpreted first)"
+                        "soft.translate={value}: give on (the default), off (everything is interpreted), always (no \
+                         block is interpreted first) or check (every block runs both ways, and the end states are \
+                         compared)"
                     )));
                 }
                 _ => {

@@ -2,6 +2,7 @@
 //! code size. A block remembers its bytes and the generation of its page; when the page was written, the bytes are
 //! compared before the block is used again.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use iced_x86::Instruction;
@@ -87,18 +88,25 @@ impl Block {
         self.bytes.len().min((PAGE_SIZE - (self.first.gpa & PAGE_MASK)) as usize)
     }
 
-    /// A block of its first instruction alone. What its operation refers to belongs to `self`.
-    pub fn first_instruction(&self) -> Block {
-        let len = self.ops.first().map_or(0, |op| usize::from(op.len));
+    /// A block of some of its instructions alone, by their places. What their operations refer to belongs to `self`.
+    pub fn part(&self, places: Range<usize>) -> Block {
+        let start = self.offset_of(places.start);
+        let end = self.offset_of(places.end);
+        let first = Extent { gpa: self.first.gpa + start as u64, ..self.first.copy() };
         Block {
-            ops: self.ops.iter().take(1).copied().collect(),
+            ops: self.ops[places].into(),
             instructions: Vec::new(),
             thunks: Vec::new(),
-            bytes: self.bytes[..len].into(),
-            first: self.first.copy(),
+            bytes: self.bytes[start..end].into(),
+            first,
             second: self.second.as_ref().map(Extent::copy),
             heat: AtomicU32::new(0),
         }
+    }
+
+    /// Where an instruction begins, in bytes, by its place.
+    fn offset_of(&self, place: usize) -> usize {
+        self.ops[..place].iter().map(|op| usize::from(op.len)).sum()
     }
 
     /// How often it was interpreted.

@@ -20,6 +20,7 @@ impl Cpu {
         let trap = self.system_flags & rflags::TF != 0;
         let shadow = std::mem::take(&mut self.interrupt_shadow);
         let result = match self.variant() {
+            Some(variant) if limit > 1 && self.check.is_some() => self.run_checked(variant),
             Some(variant) if limit > 1 && self.translator.is_some() => self.run_translated(variant),
             _ => self.find_and_run(limit),
         };
@@ -97,6 +98,11 @@ impl Cpu {
         let heat = unsafe { &(*block).heat };
         heat.store(heat.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         self.run_ops(block, MAX_OPS)
+    }
+
+    /// Interprets the first instruction of a block that was found for RIP.
+    pub(crate) fn run_first(&mut self, block: *const Block) -> R<()> {
+        self.run_ops(block, 1)
     }
 
     #[inline(always)]

@@ -1,13 +1,16 @@
 //! Translated blocks of one vCPU: the memory they are in, how they are found, and how they refer to each other.
 
-use std::io;
+use std::ops::Range;
+use std::{fmt, io};
 
+use rustc_hash::FxHashMap;
 use x86::paging::{PAGE_MASK, PAGE_SIZE};
 
 use super::asm::Asm;
 use super::flags::Place;
 use super::index::{Index, Second};
 use super::records::{EntryOffsets, Link, NONE, Site, Unit};
+use super::registers::T1;
 use super::runtime::{self, Kind, Routines, SlowPath};
 use super::table::Table;
 use crate::interp::block::Block;
@@ -100,6 +103,20 @@ impl Variant {
     }
 }
 
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let segments = (0..6u8).filter(|segment| self.is_unchecked(*segment)).count();
+        write!(
+            f,
+            "{:?}, {}-bit code, disabled classes {:#x}, x87 {}, {segments} segments unchecked",
+            self.privilege(),
+            self.code_bits(),
+            self.disabled(),
+            if self.has_x87() { "quiet" } else { "not quiet" },
+        )
+    }
+}
+
 /// The mapping that a link holds for.
 #[derive(Clone, Copy, Debug)]
 pub struct Epoch {
@@ -118,6 +135,8 @@ pub struct Cache {
     sites: Table<Site>,
     links: Table<Link>,
     index: Index,
+    /// Of [`Cache::exit_at`].
+    exits: FxHashMap<(u8, u16), u64>,
     /// Where [`Cache::clear`] goes back to.
     first_free: usize,
     /// How often everything was forgotten: numbers of units, sites and links mean something only in between.
@@ -154,6 +173,7 @@ impl Cache {
             sites: Table::new(),
             links: Table::new(),
             index: Index::new(capacity_bytes),
+            exits: FxHashMap::default(),
             first_free,
             clears: 0,
         })
@@ -187,6 +207,19 @@ impl Cache {
     /// A value that changes when all numbers lose their meaning.
     pub fn clears(&self) -> u64 {
         self.clears
+    }
+
+    /// Code that leaves with RIP at an offset in the page, for jumps whose target is known. `None` if there is no room.
+    pub fn exit_at(&mut self, kind: Kind, offset: u16) -> Option<u64> {
+        if let Some(code) = self.exits.get(&(kind as u8, offset)) {
+            return Some(*code);
+        }
+        let mut asm = self.asm();
+        asm.mov_simm32(T1, offset.into());
+        asm.jmp_to(self.routines(kind).exit);
+        let code = self.arena.place(&asm.finish())? as u64;
+        self.exits.insert((kind as u8, offset), code);
+        Some(code)
     }
 
     /// A unit by its number.
@@ -338,12 +371,16 @@ impl Cache {
         !units.is_empty()
     }
 
-    /// No branch of a unit leads straight to another of its page.
-    fn disconnect(&mut self, number: u32) {
-        let first = self.units[number].first_link;
+    /// The numbers of a unit's links.
+    fn links_of(&self, number: u32) -> Range<u32> {
         let is_last = number + 1 == self.units.len();
         let end = if is_last { self.links.len() } else { self.units[number + 1].first_link };
-        for link in first..end {
+        self.units[number].first_link..end
+    }
+
+    /// No branch of a unit leads straight to another of its page.
+    fn disconnect(&mut self, number: u32) {
+        for link in self.links_of(number) {
             let link = self.links[link];
             if !link.is_guarded() {
                 self.lead(link.field, link.field + u32::from(link.unlinked));
@@ -351,9 +388,23 @@ impl Cache {
         }
     }
 
+    /// Whether a branch of a unit leads, through a link, to where it begins itself.
+    pub fn is_linked_to_itself(&self, number: u32) -> bool {
+        let begin = (self.units[number].gpa & PAGE_MASK) as i32;
+        let mut links = self.links_of(number).map(|link| self.links[link]);
+        links.any(|link| link.target == begin && !link.is_without_spans())
+    }
+
     /// See [`Index::changed_pages`].
     pub fn changed_pages(&self, generation: impl Fn(u64) -> Option<u32>) -> Vec<u64> {
         self.index.changed_pages(generation)
+    }
+
+    /// Overwrites a word of translated code.
+    #[cfg(test)]
+    pub fn patch(&mut self, address: u64, word: u32) {
+        let offset = address - self.arena.range().start as u64;
+        self.arena.patch(offset as u32, word.to_le_bytes());
     }
 
     /// Forgets every unit. None may be running, and no address of one may be used afterwards.
@@ -362,6 +413,7 @@ impl Cache {
         self.sites.clear();
         self.links.clear();
         self.index.clear();
+        self.exits.clear();
         self.faults.clear();
         self.arena.truncate(self.first_free);
         self.arena.reclaim_chunks();

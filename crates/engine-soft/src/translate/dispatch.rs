@@ -14,7 +14,7 @@ use super::flags;
 use super::handled::{HandlerCall, HandlerCalls};
 use super::records::{self, Site, Span};
 use super::targets::Pages;
-use crate::area::NO_LINK;
+use crate::area::{NO_LINK, SOME_RIP};
 use crate::cpu::{Cpu, Mode, R, Raised, seg};
 use crate::interp::block::Block;
 use crate::interp::op::Flow;
@@ -44,6 +44,8 @@ pub enum Translate {
     Hot,
     /// Everything, before it runs for the first time: for tests.
     Everything,
+    /// Everything, and it is interpreted as well, to see that both come to the same.
+    Checked,
 }
 
 /// A branch that wants to be linked.
@@ -58,7 +60,7 @@ struct Unlinked {
 
 /// One vCPU's translator.
 pub struct Translator {
-    cache: Cache,
+    pub(super) cache: Cache,
     handler_calls: HandlerCalls,
     encoder: Encoder,
     info: InstructionInfoFactory,
@@ -86,7 +88,7 @@ impl Translator {
         let hot = match translate {
             Translate::Nothing => return Ok(None),
             Translate::Hot => HOT,
-            Translate::Everything => 0,
+            Translate::Everything | Translate::Checked => 0,
         };
         if !is_supported() {
             return Ok(None);
@@ -242,7 +244,8 @@ impl Cpu {
             translator.variants[privilege as usize] = Some(variant);
             self.user.targets().empty(privilege);
             self.user.forget_returns();
-            self.user.prepare_returns(privilege, translator.cache.routines(variant.kind()).exit_to);
+            let leave = translator.cache.routines(variant.kind()).exit_to;
+            self.user.prepare_returns(privilege, leave, [SOME_RIP; 2]);
         }
     }
 
@@ -267,7 +270,7 @@ impl Cpu {
     }
 
     /// Looks for pages of code that a device wrote. (Of what vCPUs write they tell each other.)
-    fn notice_code_changes(&mut self) {
+    pub(super) fn notice_code_changes(&mut self) {
         let changes = self.map.code_changes();
         let Some(translator) = &mut self.translator else { return };
         if translator.code_changes == changes {
@@ -328,7 +331,7 @@ impl Cpu {
         unit
     }
 
-    fn translate_block(&mut self, block: &Block, variant: Variant) -> Option<u32> {
+    pub(super) fn translate_block(&mut self, block: &Block, variant: Variant) -> Option<u32> {
         self.counters.blocks_translated += 1;
         if self.translator.as_mut()?.cache.forget(block.gpa(), variant) {
             // Its code was not right any more, or not here.
@@ -365,7 +368,7 @@ impl Cpu {
         self.prepare_tables(variant);
         let whole = self.find_block()?;
         // SAFETY: the block is alive until the cache is changed, which only this thread does.
-        let one = unsafe { &*whole }.first_instruction();
+        let one = unsafe { &*whole }.part(0..1);
         let Some(unit) = self.translate_block(&one, variant) else { return Ok(()) };
         let Some(translator) = &self.translator else { return Ok(()) };
         let ways = [flags::Place::Memory, flags::Place::Host, flags::Place::Both];
@@ -408,7 +411,8 @@ impl Cpu {
     fn renew_epochs(&mut self) {
         if self.user.epochs_are_used_up() {
             self.clear_translations();
-            self.user.run().epochs = [0; 2];
+            // Branches that are not linked compare with zero.
+            self.user.run().epochs = [1; 2];
         }
     }
 
@@ -440,7 +444,7 @@ impl Cpu {
     }
 
     /// Runs translated code until it is left.
-    fn enter(&mut self, variant: Variant, code: u64) -> R<()> {
+    pub(super) fn enter(&mut self, variant: Variant, code: u64) -> R<()> {
         let page = self.user.rip & !PAGE_MASK;
         let this: *mut Cpu = self;
         let run = self.user.run();
@@ -474,6 +478,15 @@ impl Cpu {
         let (rip, clears) = (self.user.rip, translator.cache.clears());
         translator.unlinked = (link != NO_LINK).then_some(Unlinked { link, rip, clears });
         if translator.raised { Err(Raised) } else { Ok(()) }
+    }
+
+    /// Whether translated code was left because it has to go on without spans.
+    pub(super) fn has_left_spans(&self) -> bool {
+        self.translator.as_ref().is_some_and(|translator| {
+            translator.unlinked.is_some_and(|Unlinked { link, clears, .. }| {
+                clears == translator.cache.clears() && translator.cache.link(link).is_without_spans()
+            })
+        })
     }
 
     /// Does for translated code what it cannot do itself; returns where it goes on, or 0 to leave it.

@@ -13,12 +13,14 @@
 //! - [`cache`]: code memory, and the units in it; [`records`], [`table`], [`index`]: what is known of them, and where.
 //! - [`targets`]: the table of jump targets; [`handled`]: instructions that are left to the interpreter.
 //! - [`dispatch`]: when which code runs, and what happens between.
+//! - [`check`]: the translator beside the interpreter, block by block.
 //!
 //! Why it is shaped so, and what was tried: decision 0003.
 
 pub mod asm;
 pub mod block;
 pub mod cache;
+pub mod check;
 mod classes;
 mod control;
 pub mod dispatch;

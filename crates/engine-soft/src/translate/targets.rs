@@ -79,6 +79,17 @@ impl Targets {
         table.local |= !global;
     }
 
+    /// Remembers a target until [`Targets::forget`]; nothing else is remembered meanwhile.
+    pub fn expect(&mut self, privilege: Privilege, rip: u64, host: u64) {
+        self.0[privilege as usize].entries[index_of(rip)] = Target { rip, host };
+    }
+
+    /// Forgets a target.
+    pub fn forget(&mut self, privilege: Privilege, rip: u64) {
+        let index = index_of(rip);
+        self.0[privilege as usize].entries[index] = nothing(index);
+    }
+
     /// The address space changed.
     pub fn forget_local(&mut self) {
         for privilege in PRIVILEGES {

@@ -13,7 +13,7 @@ use x86::bits::{cr4, rflags};
 use crate::common::*;
 
 /// What `soft.translate` can be: each test runs with all of them.
-pub const ENGINES: [&str; 3] = ["off", "on", "always"];
+pub const ENGINES: [&str; 4] = ["off", "on", "always", "check"];
 /// INT of this vector ends a program.
 pub const END: u8 = 0x80;
 /// The vector that tests use for interrupts.
