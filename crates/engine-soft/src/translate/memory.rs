@@ -167,11 +167,6 @@ impl Builder<'_> {
         self.member(operand).is_some_and(|member| member.lead.is_none())
     }
 
-    /// Whether an access looks up for others too: no way may lead past it.
-    fn is_lead(&self, operand: Operand<'_>) -> bool {
-        self.member(operand).is_some_and(|member| member.lead.is_some())
-    }
-
     /// Makes sure that the host's flags are not needed if the access takes them.
     fn free_flags_for(&mut self, operand: Operand<'_>) {
         if !self.is_found(operand) {
@@ -349,8 +344,7 @@ impl Builder<'_> {
         let from_memory = instruction.op0_kind() == OpKind::Memory;
         if from_memory {
             self.free_flags();
-            let past_stack = (!self.is_lead(stack)).then_some(resume);
-            let found = self.access(Operand::Of(instruction), self.word, false, past_stack);
+            let found = self.access(Operand::Of(instruction), self.word, false, Some(resume));
             self.load_found(T0, found);
             self.asm.store(Width::W64, Rm::Area(run_offset!(temporary)), T0);
         }

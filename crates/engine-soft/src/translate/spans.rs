@@ -277,6 +277,10 @@ impl Builder<'_> {
                 let (_, bytes) = classify::memory_use_of(instruction);
                 finder.operand(instruction, bytes as u8, usage != MemoryUse::Read, number);
             }
+            // Its handler, if the load has to be left to that, executes it as a whole and passes over a lookup for others.
+            Class::Push if instruction.op0_kind() == OpKind::Memory => {
+                finder.operand(instruction, WORD, false, number);
+            }
             Class::Push | Class::Call | Class::CallIndirect => {
                 if instruction.op0_kind() == OpKind::Memory {
                     finder.operand(instruction, WORD, false, number);
