@@ -243,6 +243,24 @@ fn loops_run_to_their_end() {
     }
 }
 
+/// A handler executes the PUSH, since its operand spans pages; the block is not left for that.
+#[test]
+fn a_block_goes_on_behind_a_handler() {
+    let mut bench = Bench::new(|a| {
+        a.mov(esp, DATA as u32 + 0x3000)?;
+        a.mov(ebx, DATA as u32 + 0xffd)?;
+        a.mov(dword_ptr(ebx), VALUE)?;
+        a.push(dword_ptr(ebx))?;
+        a.pop(eax)?;
+        a.inc(eax)
+    });
+    for _ in 0..4 {
+        assert_eq!(bench.run().unwrap(), Exit::AllHalted);
+        assert_eq!(bench.vcpu.cpu().user.gpr[0], u64::from(VALUE) + 1);
+    }
+    assert_eq!(bench.vcpu.cpu().counters.instructions_compared, 4 * 6);
+}
+
 /// Code that a string instruction rewrites byte by byte, of which only the first finds code there.
 #[test]
 fn rewritten_code_is_noticed_both_ways() {
