@@ -56,6 +56,33 @@ fn physical(linear: u64) -> u64 {
     if linear < BORDER { linear } else { linear - BORDER + ELSEWHERE }
 }
 
+/// The block in front of a loop includes its first round, whose accesses are on both sides of the border.
+#[test]
+fn a_loop_behind_other_instructions_at_a_border() {
+    each(&[0, 3], |world| {
+        let end_of_loop = BORDER + 0x60;
+        turns(world, |a| {
+            let mut again = a.create_label();
+            a.mov(rsi, BORDER - 8)?;
+            a.mov(rdx, end_of_loop)?;
+            a.xor(ecx, ecx)?;
+            a.set_label(&mut again)?;
+            a.mov(rax, qword_ptr(rsi))?;
+            a.mov(rbx, qword_ptr(rsi + 8))?;
+            a.inc(rcx)?;
+            a.mov(qword_ptr(rsi + 16), rcx)?;
+            a.add(rsi, 8)?;
+            a.cmp(rsi, rdx)?;
+            a.jne(again)
+        });
+        let state = world.start();
+        world.run(&state);
+        let rounds = (end_of_loop - (BORDER - 8)) / 8;
+        assert_eq!(world.gpr(1), rounds);
+        assert_eq!(world.bench.get64(end_of_loop + 8), rounds);
+    });
+}
+
 #[test]
 fn fields_on_both_sides_of_a_border() {
     each(&[0, 3], |world| {
