@@ -300,6 +300,8 @@ pub struct Shared {
     pub strict_msr: bool,
     /// Makes a LOCKed access that spans pages, or goes to a device, one at a time.
     pub split_lock: Mutex<()>,
+    /// Makes the marking of a page as one that code depends on, and the taking of store permissions for it, one act.
+    pub marking: Mutex<()>,
     /// Makes vCPUs run one at a time, where every block runs both ways.
     pub turns: Turns,
     map: RwLock<Arc<MemoryMap>>,
@@ -323,6 +325,7 @@ impl Shared {
             vcpus,
             strict_msr,
             split_lock: Mutex::new(()),
+            marking: Mutex::new(()),
             turns: Turns::default(),
             map: RwLock::default(),
             tsc_offset,

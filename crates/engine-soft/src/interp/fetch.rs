@@ -10,6 +10,7 @@ use crate::interp::block::{Block, Extent, MAX_OPS};
 use crate::interp::decode::{DecodeError, Decoded, decode};
 use crate::memory::RamSlot;
 use crate::mmu::{Access, Place};
+use crate::shared::lock;
 use crate::tlb::Privilege;
 
 /// Longest instruction in bytes.
@@ -165,11 +166,14 @@ impl Cpu {
         let (tracker, page) = (slot.tracker(), slot.page(gpa));
         let host = slot.host(gpa);
         loop {
+            // Who finds the mark set relies on it that no fast path is left: whoever set it has to be done with that.
+            let marking = lock(&self.shared.marking);
             if tracker.mark_code(page) {
                 for vcpu in self.shared.vcpus.iter() {
                     vcpu.area.tlb().drop_writes_to(host as u64 & !PAGE_MASK);
                 }
             }
+            drop(marking);
             let generation = tracker.generation(page);
             // SAFETY: the bytes lie in one page of the slot. Another vCPU may be writing them; then the generation changes.
             unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };

@@ -119,16 +119,11 @@ impl Index {
         beginning.chain(page.reaching.iter().copied()).collect()
     }
 
-    /// Guest-physical addresses of the pages that were written since they were suspended, or since a unit of them was last
-    /// compared with memory. `generation` says which generation a page has now.
-    pub fn changed_pages(&self, units: &Table<Unit>, generation: impl Fn(u64) -> Option<u32>) -> Vec<u64> {
-        let is_changed = |gpa: u64, page: &Page| {
-            let now = generation(gpa);
-            let mut beginning = chain(units, page.first, |unit| unit.next_of_page);
-            now != page.generation || beginning.any(|unit| Some(units[unit].generation) != now)
-        };
+    /// Guest-physical addresses of the pages that were written since they were suspended, or since the first unit of them was
+    /// made. `generation` says which generation a page has now.
+    pub fn changed_pages(&self, generation: impl Fn(u64) -> Option<u32>) -> Vec<u64> {
         let addresses = self.pages.iter().map(|(number, page)| (number << PAGE_SHIFT, page));
-        addresses.filter(|(gpa, page)| is_changed(*gpa, page)).map(|(gpa, _)| gpa).collect()
+        addresses.filter(|(gpa, page)| generation(*gpa) != page.generation).map(|(gpa, _)| gpa).collect()
     }
 
     /// Forgets everything.

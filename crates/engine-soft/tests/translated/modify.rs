@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use engine::{GuestRegion, IoHandler};
+use engine::{GuestRegion, IoHandler, VcpuState};
 use iced_x86::code_asm::*;
 use vm_memory::{Bytes, MemoryRegionAddress};
 use x86::paging::pte;
@@ -257,6 +257,20 @@ fn function(world: &World, at: u64, value: u32) {
     });
 }
 
+/// The state of a second vCPU that runs from an address: like that of the first, with stacks of its own.
+fn second(world: &World, first: &VcpuState, rip: u64) -> VcpuState {
+    const SECOND_TSS: u64 = TSS + 0x100;
+    let mut state = first.clone();
+    state.regs.rip = rip;
+    state.regs.gpr[4] = STACK - 0x2000;
+    if world.cpl == 3 {
+        world.bench.set64(SECOND_TSS + 4, NOTES - 0x1000);
+        state.segments.tr.base = SECOND_TSS;
+    }
+    let VcpuState { msrs, lapic, .. } = VcpuState::reset(1);
+    VcpuState { msrs, lapic, ..state }
+}
+
 /// One vCPU runs code in a loop while another rewrites it; they agree by a word in memory, and the reader serialises.
 fn rewritten_by_another(cpl: u16, at: u64) {
     const ROUNDS: u32 = 300;
@@ -304,19 +318,8 @@ fn rewritten_by_another(cpl: u16, at: u64) {
             a.jbe(wait)?;
             end(a)
         });
-        // The handler that ends programs has a stack of its own for each.
         writer.regs.gpr[4] = STACK;
-        let mut reader = writer.clone();
-        reader.regs.rip = READER;
-        reader.regs.gpr[4] = STACK - 0x2000;
-        if cpl == 3 {
-            const SECOND_TSS: u64 = TSS + 0x100;
-            world.bench.set64(SECOND_TSS + 4, NOTES - 0x1000);
-            reader.segments.tr.base = SECOND_TSS;
-        }
-        let id = engine::VcpuState::reset(1);
-        reader.msrs = id.msrs;
-        reader.lapic = id.lapic;
+        let reader = second(&world, &writer, READER);
         world.load_all(&[writer, reader]);
         world.go_on();
         let wrong = world.bench.vcpus[1].cpu().user.gpr[12];
@@ -337,6 +340,46 @@ fn code_that_another_vcpu_rewrites_across_pages() {
     // The immediate is the next page's.
     for cpl in [0, 3] {
         rewritten_by_another(cpl, PAGES + PAGE - 1);
+    }
+}
+
+/// Two vCPUs, each of which rewrites and runs code of its own in the same page: each takes away the other's permission to store
+/// to it, again and again.
+#[test]
+fn two_vcpus_that_rewrite_code_in_one_page() {
+    const ROUNDS: u32 = 20_000;
+    const CORNERS: [u64; 2] = [PAGES + 0x100, PAGES + 0xc00];
+    for name in ENGINES {
+        let mut world = World::new(2, name, 3, Arc::new(NoDevices));
+        let mut state = world.start();
+        CORNERS.iter().for_each(|corner| _ = function(&world, *corner, 0));
+        world.code(CODE, |a| {
+            let (mut round, mut wait) = (a.create_label(), a.create_label());
+            a.xor(ebp, ebp)?;
+            a.xor(r12d, r12d)?;
+            a.set_label(&mut round)?;
+            a.mov(dword_ptr(rbx + 1), ebp)?;
+            a.call(rbx)?;
+            a.xor(eax, ebp)?;
+            a.or(r12d, eax)?;
+            a.inc(ebp)?;
+            a.cmp(ebp, ROUNDS)?;
+            a.jne(round)?;
+            a.lock().inc(dword_ptr(NOTES))?;
+            a.set_label(&mut wait)?;
+            a.pause()?;
+            a.cmp(dword_ptr(NOTES), 2)?;
+            a.jne(wait)?;
+            end(a)
+        });
+        state.regs.gpr[4] = STACK;
+        state.regs.gpr[3] = CORNERS[0];
+        let mut other = second(&world, &state, CODE);
+        other.regs.gpr[3] = CORNERS[1];
+        world.load_all(&[state, other]);
+        world.go_on();
+        let wrong = [0, 1].map(|vcpu: usize| world.bench.vcpus[vcpu].cpu().user.gpr[12]);
+        assert_eq!(wrong, [0, 0], "translate={name}: old code was executed");
     }
 }
 
