@@ -8,25 +8,14 @@ use crate::world::*;
 
 /// The page that is missing.
 const MISSING: u64 = PAGES + PAGE;
-const ALL: u64 = pte::P | pte::RW | pte::US;
 
 /// Counts page faults, notes of the last its error code, RIP, RSP, RFLAGS and CR2, and maps the page.
 fn page_fault_handler(world: &World) {
-    world.handler(14, |a| {
-        a.push(rax)?;
+    world.mapping_handler(0, MISSING, |a| {
         a.inc(qword_ptr(NOTES))?;
-        for (note, from) in [(1, 8), (2, 16), (3, 40), (4, 32)] {
-            a.mov(rax, qword_ptr(rsp + from))?;
-            a.mov(qword_ptr(NOTES + 8 * note), rax)?;
-        }
+        note_stack(a, &[(1, 8), (2, 16), (3, 40), (4, 32)])?;
         a.mov(rax, cr2)?;
-        a.mov(qword_ptr(NOTES + 40), rax)?;
-        a.mov(rax, MISSING | ALL)?;
-        a.mov(qword_ptr(entry(MISSING)), rax)?;
-        a.invlpg(ptr(MISSING))?;
-        a.pop(rax)?;
-        a.add(rsp, 8)?;
-        a.iretq()
+        a.mov(qword_ptr(NOTES + 40), rax)
     });
 }
 

@@ -229,22 +229,11 @@ fn a_call_whose_stack_is_missing() {
     each(&[0, 3], |world| {
         // Pages of the stack: the lower one is absent, or read-only, until the handler of the fault maps it.
         const LOWER: u64 = 0x10_0000;
-        const ALL: u64 = pte::P | pte::RW | pte::US;
         let missing: [u64; 2] = [0, LOWER | pte::P | pte::US];
         // On a stack of its own, where the fault cannot be pushed.
-        world.handler_on(14, 1, |a| {
-            a.push(rax)?;
+        world.mapping_handler(1, LOWER, |a| {
             a.inc(qword_ptr(NOTES))?;
-            a.mov(rax, qword_ptr(rsp + 16))?;
-            a.mov(qword_ptr(NOTES + 8), rax)?;
-            a.mov(rax, qword_ptr(rsp + 40))?;
-            a.mov(qword_ptr(NOTES + 16), rax)?;
-            a.mov(rax, LOWER | ALL)?;
-            a.mov(qword_ptr(entry(LOWER)), rax)?;
-            a.invlpg(ptr(LOWER))?;
-            a.pop(rax)?;
-            a.add(rsp, 8)?;
-            a.iretq()
+            note_stack(a, &[(1, 16), (2, 40)])
         });
         world.code(FAR, |a| {
             a.inc(rbx)?;

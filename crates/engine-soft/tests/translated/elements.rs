@@ -3,7 +3,6 @@
 use iced_x86::code_asm::*;
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 use x86::bits::cr4;
-use x86::paging::pte;
 
 use crate::common::*;
 use crate::world::*;
@@ -11,7 +10,6 @@ use crate::world::*;
 const TURNS: u32 = 25;
 /// The page that is missing.
 const MISSING: u64 = DATA + PAGE;
-const ALL: u64 = pte::P | pte::RW | pte::US;
 /// INT of this vector takes the page away.
 const REMOVE: u8 = 0x81;
 /// What the handler of page faults finds in the destination and the mask.
@@ -22,21 +20,13 @@ const VECTORS: u64 = NOTES + 0x100;
 
 /// The page fault handler counts, notes CR2, RFLAGS and YMM0 and YMM1, and maps the page.
 fn handlers(world: &World) {
-    world.handler(14, |a| {
-        a.push(rax)?;
+    world.mapping_handler(0, MISSING, |a| {
         a.inc(qword_ptr(NOTES))?;
         a.mov(rax, cr2)?;
         a.mov(qword_ptr(NOTES + 8), rax)?;
-        a.mov(rax, qword_ptr(rsp + 32))?;
-        a.mov(qword_ptr(NOTES + 16), rax)?;
+        note_stack(a, &[(2, 32)])?;
         a.vmovdqu(ymmword_ptr(DESTINATION), ymm0)?;
-        a.vmovdqu(ymmword_ptr(MASK), ymm1)?;
-        a.mov(rax, MISSING | ALL)?;
-        a.mov(qword_ptr(entry(MISSING)), rax)?;
-        a.invlpg(ptr(MISSING))?;
-        a.pop(rax)?;
-        a.add(rsp, 8)?;
-        a.iretq()
+        a.vmovdqu(ymmword_ptr(MASK), ymm1)
     });
     world.handler(REMOVE, |a| {
         a.mov(qword_ptr(entry(MISSING)), 0)?;
@@ -72,19 +62,6 @@ fn gather(a: &mut CodeAssembler, code: Code, base: Register) -> Assembled {
     a.add_instruction(Instruction::with3(code, Register::YMM0, from, Register::YMM1)?)
 }
 
-/// A loop of [`TURNS`] over a body, which may use all but RBP.
-fn turns(world: &World, body: impl FnOnce(&mut CodeAssembler) -> Assembled) {
-    world.code(CODE, |a| {
-        let mut turn = a.create_label();
-        a.mov(ebp, TURNS)?;
-        a.set_label(&mut turn)?;
-        body(a)?;
-        a.dec(ebp)?;
-        a.jne(turn)?;
-        end(a)
-    });
-}
-
 #[test]
 fn a_gather_whose_third_element_faults() {
     const INDICES: [u32; 8] = [3, 1, 0x400, 5, 0x401, 7, 2, 0x402];
@@ -102,7 +79,7 @@ fn a_gather_whose_third_element_faults() {
         for mask in [[u32::MAX; 8], [1 << 31, 0, 1 << 31, 0, 1 << 31, 1 << 31, 0, 0]] {
             words(world, VECTORS + 64, mask);
             world.bench.set64(NOTES, 0);
-            turns(world, |a| {
+            world.repeat(TURNS, |a| {
                 a.int(i32::from(REMOVE))?;
                 a.vmovdqu(ymm2, ymmword_ptr(VECTORS))?;
                 a.vmovdqu(ymm0, ymmword_ptr(VECTORS + 32))?;
@@ -149,7 +126,7 @@ fn masked_moves_at_a_missing_page() {
         words(world, VECTORS, [u32::MAX, 0, 0, u32::MAX, 0, 0, 0, 0]);
         words(world, VECTORS + 32, [u32::MAX, 0, 0, 0, u32::MAX, 0, 0, 0]);
         world.bench.set64(NOTES, 0);
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.int(i32::from(REMOVE))?;
             // Half of the operand is on the page, but none of its elements is chosen.
             a.vmovdqu(ymm3, ymmword_ptr(VECTORS))?;
@@ -180,7 +157,7 @@ fn a_masked_store_to_code_is_noticed() {
             a.ret()
         });
         words(world, VECTORS, [0, u32::MAX, 0, 0, 0, 0, 0, 0]);
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             // The immediate operand of the function is the second word.
             a.vmovdqu(xmm3, xmmword_ptr(VECTORS))?;
             a.vmovd(xmm0, ebp)?;
@@ -201,7 +178,7 @@ fn flags_outlive_gathers_and_masked_moves() {
     each(&[0, 3], |world| {
         let Some(mut state) = start(world) else { return };
         words(world, VECTORS, [0; 8]);
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.mov(r10, DATA)?;
             a.vpxor(ymm2, ymm2, ymm2)?;
             a.vpcmpeqd(ymm1, ymm1, ymm1)?;

@@ -352,7 +352,9 @@ fn two_vcpus_that_rewrite_code_in_one_page() {
     for name in ENGINES {
         let mut world = World::new(2, name, 3, Arc::new(NoDevices));
         let mut state = world.start();
-        CORNERS.iter().for_each(|corner| _ = function(&world, *corner, 0));
+        for corner in CORNERS {
+            function(&world, corner, 0);
+        }
         world.code(CODE, |a| {
             let (mut round, mut wait) = (a.create_label(), a.create_label());
             a.xor(ebp, ebp)?;

@@ -12,7 +12,6 @@ const WINDOW: u64 = PAGES;
 const FRAMES: [u64; 4] = [0x60000, 0x62000, 0x64000, 0x66000];
 /// Where in the window the function is.
 const AT: u64 = 0x230;
-const ALL: u64 = pte::P | pte::RW | pte::US;
 
 /// How the function is reached.
 #[derive(Clone, Copy, Debug)]

@@ -10,39 +10,17 @@ use crate::world::*;
 const BORDER: u64 = DATA + PAGE;
 /// Memory for the page behind it, where the two are not neighbours.
 const ELSEWHERE: u64 = DATA + 5 * PAGE;
-const ALL: u64 = pte::P | pte::RW | pte::US;
-
-/// Repeats a body often enough to have it translated, with RBX the base of its accesses.
-fn turns(world: &World, body: impl FnOnce(&mut CodeAssembler) -> Assembled) {
-    world.code(CODE, |a| {
-        let mut turn = a.create_label();
-        a.mov(ebp, 8u32)?;
-        a.set_label(&mut turn)?;
-        body(a)?;
-        a.dec(ebp)?;
-        a.jne(turn)?;
-        end(a)
-    });
-}
+/// Often enough to have a body translated.
+const TURNS: u32 = 8;
 
 /// A page fault is noted (number of faults, error code, RIP, CR2, RCX), and its page is mapped for everything.
 fn mapping_handler(world: &World) {
-    world.handler(14, |a| {
-        a.push(rax)?;
+    world.mapping_handler(0, BORDER, |a| {
         a.inc(qword_ptr(NOTES))?;
-        a.mov(rax, qword_ptr(rsp + 8))?;
-        a.mov(qword_ptr(NOTES + 8), rax)?;
-        a.mov(rax, qword_ptr(rsp + 16))?;
-        a.mov(qword_ptr(NOTES + 16), rax)?;
+        note_stack(a, &[(1, 8), (2, 16)])?;
         a.mov(rax, cr2)?;
         a.mov(qword_ptr(NOTES + 24), rax)?;
-        a.mov(qword_ptr(NOTES + 32), rcx)?;
-        a.mov(rax, BORDER | ALL)?;
-        a.mov(qword_ptr(entry(BORDER)), rax)?;
-        a.invlpg(ptr(BORDER))?;
-        a.pop(rax)?;
-        a.add(rsp, 8)?;
-        a.iretq()
+        a.mov(qword_ptr(NOTES + 32), rcx)
     });
 }
 
@@ -61,7 +39,7 @@ fn physical(linear: u64) -> u64 {
 fn a_loop_behind_other_instructions_at_a_border() {
     each(&[0, 3], |world| {
         let end_of_loop = BORDER + 0x60;
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             let mut again = a.create_label();
             a.mov(rsi, BORDER - 8)?;
             a.mov(rdx, end_of_loop)?;
@@ -86,7 +64,7 @@ fn a_loop_behind_other_instructions_at_a_border() {
 #[test]
 fn fields_on_both_sides_of_a_border() {
     each(&[0, 3], |world| {
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.mov(rax, qword_ptr(rbx))?;
             a.add(rax, qword_ptr(rbx + 8))?;
             a.mov(qword_ptr(rbx + 16), rax)?;
@@ -117,16 +95,9 @@ fn a_page_is_clean_until_the_store() {
     /// A page that is missing between the two.
     const BETWEEN: u64 = DATA + 3 * PAGE;
     each(&[0, 3], |world| {
-        world.handler(14, |a| {
-            a.push(rax)?;
+        world.mapping_handler(0, BETWEEN, |a| {
             a.mov(rax, qword_ptr(entry(BORDER)))?;
-            a.mov(qword_ptr(NOTES), rax)?;
-            a.mov(rax, BETWEEN | ALL)?;
-            a.mov(qword_ptr(entry(BETWEEN)), rax)?;
-            a.invlpg(ptr(BETWEEN))?;
-            a.pop(rax)?;
-            a.add(rsp, 8)?;
-            a.iretq()
+            a.mov(qword_ptr(NOTES), rax)
         });
         world.code(CODE, |a| {
             a.mov(rax, qword_ptr(rbx))?;
@@ -152,7 +123,7 @@ fn the_access_that_faults_is_the_one_on_the_missing_page() {
         mapping_handler(world);
         let user = if world.cpl == 3 { u64::from(fault::U) } else { 0 };
         let mut third = 0;
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.mov(rax, qword_ptr(rbx))?;
             a.mov(qword_ptr(rbx + 8), rax)?;
             // What is before the third access, in bytes of code: MOV EBP and the two above.
@@ -178,7 +149,7 @@ fn loads_from_a_page_that_may_not_be_stored_to() {
     each(&[0, 3], |world| {
         mapping_handler(world);
         let user = if world.cpl == 3 { u64::from(fault::U) } else { 0 };
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             let mut reads_only = a.create_label();
             a.mov(rax, qword_ptr(rbx))?;
             a.add(rax, qword_ptr(rbx + 8))?;
@@ -230,7 +201,7 @@ fn a_frame_across_a_border() {
             a.pop(rbp)?;
             a.ret()
         });
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.lea(rdi, ptr(rdi + 1))?;
             a.call(function)
         });
@@ -338,7 +309,7 @@ fn a_loop_across_a_border_stays_in_translated_code() {
 #[test]
 fn a_push_from_two_pages_before_other_accesses_of_the_stack() {
     each(&[0, 3], |world| {
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.push(qword_ptr(rbx))?;
             a.push(0x12)?;
             a.pop(rcx)?;

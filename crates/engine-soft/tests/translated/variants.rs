@@ -3,26 +3,12 @@
 use iced_x86::code_asm::*;
 use x86::bits::{self, cr0};
 
-use crate::common::*;
 use crate::world::*;
 
 const TURNS: u32 = 25;
 const SHARED: u64 = PAGES + 0x40;
 /// INT of this vector asks the kernel for something.
 const CALL: u8 = 0x81;
-
-/// A loop of [`TURNS`] over a body, which may use all but RBP.
-fn turns(world: &World, body: impl FnOnce(&mut CodeAssembler) -> Assembled) {
-    world.code(CODE, |a| {
-        let mut turn = a.create_label();
-        a.mov(ebp, TURNS)?;
-        a.set_label(&mut turn)?;
-        body(a)?;
-        a.dec(ebp)?;
-        a.jne(turn)?;
-        end(a)
-    });
-}
 
 #[test]
 fn code_that_the_kernel_and_users_share() {
@@ -37,7 +23,7 @@ fn code_that_the_kernel_and_users_share() {
             a.call(SHARED)?;
             a.iretq()
         });
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.call(SHARED)?;
             a.int(i32::from(CALL))?;
             a.call(SHARED)
@@ -62,7 +48,7 @@ fn the_same_bytes_as_32_bit_and_64_bit_code() {
         // 64-bit: INC EBX with REX; RETF. 32-bit: INC EAX; INC EBX; RETF.
         world.bench.write(SHARED, &[0x40, 0xff, 0xc3, 0xcb]);
         let (code64, code32) = if world.cpl == 0 { (0x08u32, 0x18u32) } else { (0x2b, 0x33) };
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             let (mut first, mut second) = (a.create_label(), a.create_label());
             // In this mode.
             a.lea(rsi, ptr(first))?;
@@ -111,7 +97,7 @@ fn vector_instructions_that_the_kernel_disables() {
             a.paddq(xmm0, xmm1)?;
             a.ret()
         });
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.call(SHARED)?;
             a.int(i32::from(CALL))?;
             a.inc(rbx)?;
@@ -157,7 +143,7 @@ fn sse_and_avx_that_cr4_and_xcr0_disable() {
             a.vpaddq(ymm2, ymm1, ymm1)?;
             a.ret()
         });
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             a.call(SHARED)?;
             // Without OSFXSR no SSE, then without the AVX bit no AVX.
             a.mov(rax, cr4)?;
@@ -207,7 +193,7 @@ fn simd_exceptions_that_are_switched_on_and_off() {
             a.add(rbx, rax)?;
             a.ret()
         });
-        turns(world, |a| {
+        world.repeat(TURNS, |a| {
             // 1 / 0 is infinity, then an exception, then infinity again; 2.75 is 3, or 2 when it is cut.
             a.call(SHARED)?;
             a.ldmxcsr(dword_ptr(NOTES + 72))?;

@@ -9,6 +9,7 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use x86::Segment;
 use x86::bits::{cr4, rflags};
+use x86::paging::pte;
 
 use crate::common::*;
 
@@ -30,6 +31,8 @@ pub const PAGES: u64 = 0x50000;
 pub const DATA: u64 = 0x70000;
 
 pub const PAGE: u64 = 0x1000;
+/// An entry of a page table that allows everything.
+pub const ALL: u64 = pte::P | pte::RW | pte::US;
 
 /// The entry of a page of the first two megabytes in the page tables of [`Bench::long_mode`].
 pub fn entry(page: u64) -> u64 {
@@ -100,6 +103,26 @@ impl World {
         self.bench.set64(IDT + 16 * u64::from(vector) + 8, at >> 32);
     }
 
+    /// Writes a handler of page faults, on a stack of its own if that has a number, which maps a page for everything. Before it
+    /// does, `notes` may use RAX; the error code is at RSP+8 then.
+    pub fn mapping_handler(
+        &self,
+        stack: u64,
+        page: u64,
+        notes: impl FnOnce(&mut CodeAssembler) -> Assembled,
+    ) {
+        self.handler_on(14, stack, |a| {
+            a.push(rax)?;
+            notes(a)?;
+            a.mov(rax, page | ALL)?;
+            a.mov(qword_ptr(entry(page)), rax)?;
+            a.invlpg(ptr(page))?;
+            a.pop(rax)?;
+            a.add(rsp, 8)?;
+            a.iretq()
+        });
+    }
+
     /// A state that executes at [`CODE`], with the descriptor tables of this world and an x2APIC.
     pub fn start(&mut self) -> VcpuState {
         let mut state = self.bench.long_mode(self.cpl);
@@ -124,6 +147,19 @@ impl World {
 
     pub fn code(&self, at: u64, code: impl FnOnce(&mut CodeAssembler) -> Assembled) -> u64 {
         self.bench.assemble(64, at, code)
+    }
+
+    /// Writes a program that does something `turns` times (which may use all but RBP) and ends.
+    pub fn repeat(&self, turns: u32, body: impl FnOnce(&mut CodeAssembler) -> Assembled) {
+        self.code(CODE, |a| {
+            let mut turn = a.create_label();
+            a.mov(ebp, turns)?;
+            a.set_label(&mut turn)?;
+            body(a)?;
+            a.dec(ebp)?;
+            a.jne(turn)?;
+            end(a)
+        });
     }
 
     /// Runs the first vCPU from a state to the end of the program.
@@ -193,6 +229,15 @@ impl World {
 
 pub fn region() -> Arc<GuestRegion> {
     engine::memory::create_region("test", 0, RAM).expect("guest memory")
+}
+
+/// Notes what the stack of a handler holds: which note, and how far above RSP it is.
+pub fn note_stack(a: &mut CodeAssembler, notes: &[(u64, u64)]) -> Assembled {
+    for (note, from) in notes {
+        a.mov(rax, qword_ptr(rsp + *from))?;
+        a.mov(qword_ptr(NOTES + 8 * *note), rax)?;
+    }
+    Ok(())
 }
 
 /// Ends the program.
