@@ -62,7 +62,27 @@ impl Default for UserRegs {
 
 /// The packed form of [`UserRegs::status`].
 pub mod status {
+    use iced_x86::RflagsBits;
     use x86::bits::rflags;
+
+    /// The status flags in iced's numbering.
+    pub const ICED: u32 =
+        RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+    /// Those of a set of flags in iced's numbering that are status flags, in RFLAGS position.
+    pub fn rflags_of_iced(flags: u32) -> u64 {
+        [
+            (RflagsBits::OF, rflags::OF),
+            (RflagsBits::SF, rflags::SF),
+            (RflagsBits::ZF, rflags::ZF),
+            (RflagsBits::AF, rflags::AF),
+            (RflagsBits::CF, rflags::CF),
+            (RflagsBits::PF, rflags::PF),
+        ]
+        .into_iter()
+        .filter(|(bit, _)| flags & bit != 0)
+        .fold(0, |set, (_, flag)| set | flag)
+    }
 
     /// Bit 1 of the flags byte reads as one.
     pub const ALWAYS: u16 = 0x0200;

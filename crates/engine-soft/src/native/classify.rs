@@ -2,14 +2,11 @@
 
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpCodeOperandKind, OpCodeTableKind, OpKind, Register, RflagsBits,
+    OpCodeOperandKind, OpCodeTableKind, OpKind, Register,
 };
 
 use super::{CompileError, MemoryUse};
-
-/// The status flags in iced's numbering.
-const STATUS: u32 =
-    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+use crate::user::status;
 
 /// Number of RSP among the general-purpose registers.
 const RSP: usize = 4;
@@ -115,7 +112,7 @@ pub(super) fn classify(
         Some(operand) => memory_use(&instruction, info.op_access(operand)),
     };
 
-    let modified = instruction.rflags_modified() & STATUS;
+    let modified = instruction.rflags_modified() & status::ICED;
     let wide = instruction.op_code().encoding() == EncodingKind::VEX;
     if wide && vector_loads != 0 && !is_x86_feature_detected!("avx") {
         // The registers could not even be loaded.
@@ -188,7 +185,7 @@ pub(super) fn classify(
         x87: x87_opcode || uses_mmx(&instruction),
         x87_pointers: x87_opcode && !is_x87_control(instruction.mnemonic()),
         mxcsr: uses_mxcsr(&instruction, memory_operand.is_some()),
-        flags: (modified | instruction.rflags_read()) & STATUS != 0,
+        flags: (modified | instruction.rflags_read()) & status::ICED != 0,
         flags_stored: modified != 0,
         bit_offset,
         memory,

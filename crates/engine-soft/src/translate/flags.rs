@@ -5,16 +5,13 @@
 //! them ([`super::recipe`]), nothing is saved: they are made again where they are asked for, mostly in a cold stub. So at
 //! every place where a block can be left, for a fault or an interrupt, they are exact.
 
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use super::block::Builder;
 use super::classes::Class;
 use super::recipe::Recipe;
 use super::runtime;
-
-/// OF, SF, ZF, AF, CF, PF.
-const STATUS: u32 =
-    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+use crate::user::status;
 
 /// Where the flags are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,12 +52,12 @@ pub enum Use {
 
 /// What an instruction does with the status flags.
 pub fn usage(instruction: &Instruction) -> Use {
-    let modified = instruction.rflags_modified() & STATUS;
-    let read = instruction.rflags_read() & STATUS;
+    let modified = instruction.rflags_modified() & status::ICED;
+    let read = instruction.rflags_read() & status::ICED;
     if modified == 0 && read == 0 {
         return Use::None;
     }
-    if read == 0 && modified == STATUS && !may_leave_flags(instruction) {
+    if read == 0 && modified == status::ICED && !may_leave_flags(instruction) {
         return Use::Replaces;
     }
     Use::Needs { changes: modified != 0 }

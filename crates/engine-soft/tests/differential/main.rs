@@ -18,7 +18,8 @@ mod values;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use iced_x86::{Code, FastFormatter, Mnemonic, RflagsBits};
+use engine_soft::user::status;
+use iced_x86::{Code, FastFormatter, Mnemonic};
 use x86::bits::rflags;
 
 use forms::Skip;
@@ -291,7 +292,7 @@ fn differences(
         mask &= !rflags::OF;
     }
     if !exact && expected.end == End::Done {
-        mask &= !undefined_flags(case.instruction.rflags_undefined());
+        mask &= !status::rflags_of_iced(case.instruction.rflags_undefined());
     }
     if random_result {
         mask &= !rflags::CF;
@@ -354,20 +355,6 @@ fn differences(
         }
     }
     found
-}
-
-fn undefined_flags(iced: u32) -> u64 {
-    [
-        (RflagsBits::OF, rflags::OF),
-        (RflagsBits::SF, rflags::SF),
-        (RflagsBits::ZF, rflags::ZF),
-        (RflagsBits::AF, rflags::AF),
-        (RflagsBits::CF, rflags::CF),
-        (RflagsBits::PF, rflags::PF),
-    ]
-    .into_iter()
-    .filter(|(bit, _)| iced & bit != 0)
-    .fold(0, |mask, (_, flag)| mask | flag)
 }
 
 fn check(bitness: u32, subject: &mut dyn Subject) {

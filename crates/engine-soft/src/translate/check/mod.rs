@@ -20,9 +20,8 @@ mod tests;
 
 use std::sync::atomic::Ordering;
 
-use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, RflagsBits};
+use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic};
 use rustc_hash::FxHashMap;
-use x86::bits::rflags;
 use x86::paging::PAGE_MASK;
 
 pub use journal::Journal;
@@ -438,17 +437,7 @@ fn undefined_flags(instructions: &[Instruction]) -> Box<[u16]> {
 
 /// Status flags in iced's form as [`crate::user::UserRegs::status`] has them.
 fn packed(flags: u32) -> u16 {
-    [
-        (RflagsBits::OF, rflags::OF),
-        (RflagsBits::SF, rflags::SF),
-        (RflagsBits::ZF, rflags::ZF),
-        (RflagsBits::AF, rflags::AF),
-        (RflagsBits::CF, rflags::CF),
-        (RflagsBits::PF, rflags::PF),
-    ]
-    .into_iter()
-    .filter(|(bit, _)| flags & bit != 0)
-    .fold(0, |packed, (_, flag)| packed | status::from_rflags(flag) & !status::ALWAYS)
+    status::from_rflags(status::rflags_of_iced(flags)) & !status::ALWAYS
 }
 
 /// Whether an instruction does the same when it is run a second time from the same state, and nothing that reaches beyond
