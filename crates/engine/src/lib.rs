@@ -9,7 +9,6 @@
 //! State crosses the border in one architectural form ([`VcpuState`], [`ChipState`]), whatever the engine, so
 //! what one engine saves another can load.
 
-pub mod memory;
 pub mod state;
 
 use std::fmt;
@@ -18,6 +17,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 use x86::cpuid::CpuidTable;
 
+pub use memory;
 pub use memory::{GuestMemory, GuestRegion, PageTracker};
 pub use state::{ChipState, LapicState, MpState, VcpuState};
 

@@ -155,6 +155,8 @@ pub(crate) fn assemble(
     alarm.connect(weak(&rtc));
     rtc.attach(&board.pio)?;
 
+    let messages: Arc<dyn MsiSink> =
+        Arc::new(EngineMessages { vm: vm.clone(), lifecycle: lifecycle.clone() });
     let alarm = timers.alarm();
     let config = HpetConfig::default();
     let inputs =
@@ -162,7 +164,7 @@ pub(crate) fn assemble(
     let hpet_lines = HpetLines {
         inputs,
         legacy: [Arc::new(Unconnected), Arc::new(Unconnected)],
-        messages: Arc::new(EngineMessages { vm: vm.clone(), lifecycle: lifecycle.clone() }),
+        messages: messages.clone(),
     };
     let hpet = Arc::new(Hpet::new(config, hpet_lines, clock, alarm.clone() as Arc<dyn Alarm>));
     alarm.connect(weak(&hpet));
@@ -181,7 +183,7 @@ pub(crate) fn assemble(
 
     let apic: Vec<_> = lines.iter().skip(PIRQ_GSI_BASE as usize).take(PIRQS).map(|l| l.input()).collect();
     let router = Arc::new(PirqRouter::new(&apic, &lines[..16]));
-    let pci = Arc::new(PciRoot::new(board.pio.clone(), board.mmio.clone(), router.clone()));
+    let pci = Arc::new(PciRoot::new(board.pio.clone(), board.mmio.clone(), router.clone(), messages));
     pci.attach(Arc::new(ResetControl::new(lifecycle.clone())))?;
     let context = Context { tree, router };
     for slot in &settings.pci {

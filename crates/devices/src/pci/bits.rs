@@ -145,3 +145,51 @@ pub mod express {
     /// Bytes of the structure, header included.
     pub const BYTES: usize = 0x3c;
 }
+
+/// Capability structure for MSI (PCI 3.0 §6.8.1): offsets from its start, 64-bit form.
+pub mod msi {
+    /// Message control, 2 bytes.
+    pub const CONTROL: usize = 0x02;
+    /// Message address, 8 bytes.
+    pub const ADDRESS: usize = 0x04;
+    /// Message data, 2 bytes.
+    pub const DATA: usize = 0x0c;
+    /// Bytes of the structure.
+    pub const BYTES: usize = 0x0e;
+    /// Control: messages are sent instead of INTx.
+    pub const ENABLE: u16 = 1 << 0;
+    /// Control: position of the logarithm of the number of vectors the function asks for.
+    pub const CAPABLE_SHIFT: u16 = 1;
+    /// Control: position of the logarithm of the number software allows.
+    pub const ENABLED_SHIFT: u16 = 4;
+    /// Control: the bits of that number.
+    pub const ENABLED_MASK: u16 = 7 << ENABLED_SHIFT;
+    /// Control: the address has 64 bits.
+    pub const ADDRESS_64: u16 = 1 << 7;
+    /// The most vectors.
+    pub const MAX_VECTORS: u16 = 32;
+}
+
+/// Capability structure for MSI-X and its table (PCI 3.0 §6.8.2).
+pub mod msix {
+    /// Message control, 2 bytes.
+    pub const CONTROL: usize = 0x02;
+    /// Table offset and BAR number, 4 bytes.
+    pub const TABLE: usize = 0x04;
+    /// Offset and BAR number of the pending bits, 4 bytes.
+    pub const PENDING: usize = 0x08;
+    /// Bytes of the structure.
+    pub const BYTES: usize = 0x0c;
+    /// Control: messages are sent instead of INTx.
+    pub const ENABLE: u16 = 1 << 15;
+    /// Control: every vector is masked.
+    pub const FUNCTION_MASK: u16 = 1 << 14;
+    /// Control: bits that hold the number of vectors less one.
+    pub const SIZE_MASK: u16 = 0x7ff;
+    /// Bytes of a table entry: address (8), data (4), vector control (4).
+    pub const ENTRY_BYTES: usize = 16;
+    /// Vector control: masked.
+    pub const MASKED: u32 = 1 << 0;
+    /// The most vectors.
+    pub const MAX_VECTORS: u16 = 2048;
+}

@@ -315,6 +315,59 @@ impl ConfigSpace {
         Ok(offset)
     }
 
+    /// Where the first capability with this ID starts.
+    pub fn capability(&self, id: u8) -> Option<usize> {
+        let next =
+            |at: usize| Some(usize::from(self.u8(at))).filter(|next| *next >= bits::CAPABILITIES_START);
+        // The list is of our own making: it goes forward and ends.
+        std::iter::successors(next(bits::CAPABILITIES_POINTER), |at| next(at + 1))
+            .find(|at| self.u8(*at) == id)
+    }
+
+    /// Appends the MSI capability, for messages with up to `vectors` vectors.
+    ///
+    /// # Errors
+    /// Configuration space is full.
+    ///
+    /// # Panics
+    /// If that is no power of two up to [`bits::msi::MAX_VECTORS`].
+    pub fn add_msi_capability(&mut self, vectors: u16) -> Result<usize, ConfigError> {
+        use bits::msi;
+        assert!(vectors.is_power_of_two() && vectors <= msi::MAX_VECTORS, "{vectors} MSI vectors");
+        let mut body = [0; msi::BYTES - 2];
+        let control = msi::ADDRESS_64 | (vectors.ilog2() as u16) << msi::CAPABLE_SHIFT;
+        body[..2].copy_from_slice(&control.to_le_bytes());
+        let mut writable = [0xff; msi::BYTES - 2];
+        writable[..2].copy_from_slice(&(msi::ENABLE | msi::ENABLED_MASK).to_le_bytes());
+        // Messages are double words.
+        writable[msi::ADDRESS - 2] = 0xfc;
+        self.add_capability(capability::MSI, &body, &writable)
+    }
+
+    /// Appends the MSI-X capability, with its table and pending bits at offsets (multiples of 8) of a BAR.
+    ///
+    /// # Errors
+    /// Configuration space is full.
+    ///
+    /// # Panics
+    /// If there are no vectors or more than [`bits::msix::MAX_VECTORS`].
+    pub fn add_msix_capability(
+        &mut self,
+        vectors: u16,
+        bar: usize,
+        table: u32,
+        pending: u32,
+    ) -> Result<usize, ConfigError> {
+        use bits::msix;
+        assert!((1..=msix::MAX_VECTORS).contains(&vectors), "{vectors} MSI-X vectors");
+        let mut body = [0; msix::BYTES - 2];
+        body[..2].copy_from_slice(&(vectors - 1).to_le_bytes());
+        body[msix::TABLE - 2..][..4].copy_from_slice(&(table | bar as u32).to_le_bytes());
+        body[msix::PENDING - 2..][..4].copy_from_slice(&(pending | bar as u32).to_le_bytes());
+        let writable = (msix::ENABLE | msix::FUNCTION_MASK).to_le_bytes();
+        self.add_capability(capability::MSIX, &body, &writable)
+    }
+
     /// Appends the PCI Express capability, by which software knows that the function has extended configuration space.
     ///
     /// # Errors

@@ -1,11 +1,12 @@
-//! What a PCI function is to the root: configuration space, BARs, an interrupt pin.
+//! What a PCI function is to the root: configuration space, BARs, interrupts.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::bits::{self, command, status};
 use super::config::{ConfigSpace, ConfigState};
+use super::messages::{Message, Messages, MsixState};
 use crate::access::lock;
-use crate::host::IrqLine;
+use crate::host::{IrqLine, MsiSink};
 use crate::snapshot::SnapshotError;
 
 /// An INTx pin.
@@ -67,9 +68,11 @@ struct Inner {
     /// The device wants service, whether or not the line may show it.
     intx_pending: bool,
     intx: Option<Arc<dyn IrqLine>>,
+    messages: Messages,
+    sink: Option<Arc<dyn MsiSink>>,
 }
 
-/// Configuration space behind its lock, and the INTx pin.
+/// Configuration space behind its lock, and how the function interrupts: by INTx, MSI or MSI-X, whichever software has chosen.
 pub struct PciFunction {
     inner: Mutex<Inner>,
 }
@@ -81,13 +84,20 @@ pub struct PciFunctionState {
     pub config: ConfigState,
     /// The device wants service.
     pub intx_pending: bool,
+    /// The MSI-X table, if there is one.
+    #[serde(default)]
+    pub msix: Option<MsixState>,
 }
 
 impl PciFunction {
-    /// A function with this configuration space. `pin` is the INTx pin it uses, if any.
+    /// A function with this configuration space. `pin` is the INTx pin it uses, if any. If the space has a capability for MSI or MSI-X,
+    /// the function can send messages.
     pub fn new(mut config: ConfigSpace, pin: Option<IntxPin>) -> Self {
         config.set_u8(bits::INTERRUPT_PIN, pin.map_or(0, IntxPin::register));
-        PciFunction { inner: Mutex::new(Inner { config, intx_pending: false, intx: None }) }
+        let messages = Messages::of(&config);
+        PciFunction {
+            inner: Mutex::new(Inner { config, intx_pending: false, intx: None, messages, sink: None }),
+        }
     }
 
     /// Runs `look` on the configuration space.
@@ -105,6 +115,9 @@ impl PciFunction {
         let mut inner = lock(&self.inner);
         inner.config.write(usize::from(offset), data);
         inner.drive_intx();
+        let Inner { config, messages, .. } = &mut *inner;
+        let unmasked = messages.take_unmasked(config);
+        send(inner, unmasked);
     }
 
     /// The pin in the interrupt pin register.
@@ -126,6 +139,52 @@ impl PciFunction {
         inner.drive_intx();
     }
 
+    /// Connects the function to what carries its messages.
+    pub fn connect_messages(&self, sink: Arc<dyn MsiSink>) {
+        lock(&self.inner).sink = Some(sink);
+    }
+
+    /// Whether software has chosen messages: then the function does not assert INTx, it calls [`PciFunction::send`].
+    pub fn sends_messages(&self) -> bool {
+        let inner = lock(&self.inner);
+        inner.messages.enabled(&inner.config)
+    }
+
+    /// How many different vectors the function may send at present: 0 if software has not chosen messages.
+    pub fn vectors(&self) -> u16 {
+        let inner = lock(&self.inner);
+        inner.messages.vectors(&inner.config)
+    }
+
+    /// Sends the message of a vector, if software has chosen messages. MSI-X remembers what is sent to a masked vector, and sends
+    /// it later; with MSI, vectors beyond those that software allows share the allowed ones.
+    pub fn send(&self, vector: u16) {
+        let mut inner = lock(&self.inner);
+        let Inner { config, messages, .. } = &mut *inner;
+        let message = messages.message(config, vector);
+        send(inner, message);
+    }
+
+    /// A load from the BAR that holds the MSI-X table and pending bits, at `offset` into it. False if neither is there.
+    pub fn msix_read(&self, offset: u64, data: &mut [u8]) -> bool {
+        lock(&self.inner).messages.read(offset, data)
+    }
+
+    /// A store to that BAR.
+    pub fn msix_write(&self, offset: u64, data: &[u8]) -> bool {
+        let mut inner = lock(&self.inner);
+        let Inner { config, messages, .. } = &mut *inner;
+        let known = messages.write(offset, data);
+        let unmasked = messages.take_unmasked(config);
+        send(inner, unmasked);
+        known
+    }
+
+    /// Forgets messages that wait for their vector to be unmasked, as a reset of the device does.
+    pub fn clear_pending_messages(&self) {
+        lock(&self.inner).messages.clear_pending();
+    }
+
     /// Whether software lets the device access memory.
     pub fn bus_master(&self) -> bool {
         lock(&self.inner).config.command() & command::BUS_MASTER != 0
@@ -134,7 +193,11 @@ impl PciFunction {
     /// Registers for a snapshot.
     pub fn save(&self) -> PciFunctionState {
         let inner = lock(&self.inner);
-        PciFunctionState { config: inner.config.save(), intx_pending: inner.intx_pending }
+        PciFunctionState {
+            config: inner.config.save(),
+            intx_pending: inner.intx_pending,
+            msix: inner.messages.save(),
+        }
     }
 
     /// Puts saved registers back; see [`ConfigSpace::restore`]. The root must be told afterwards
@@ -144,10 +207,21 @@ impl PciFunction {
     /// The state is of another device.
     pub fn restore(&self, state: &PciFunctionState, volatile: &[usize]) -> Result<(), SnapshotError> {
         let mut inner = lock(&self.inner);
+        inner.messages.check(state.msix.as_ref())?;
         inner.config.restore(&state.config, volatile)?;
+        inner.messages.restore(state.msix.as_ref());
         inner.intx_pending = state.intx_pending;
         inner.drive_intx();
         Ok(())
+    }
+}
+
+/// Sends messages once the function's lock is released.
+fn send(inner: MutexGuard<'_, Inner>, messages: impl IntoIterator<Item = Message>) {
+    let sink = inner.sink.clone();
+    drop(inner);
+    if let Some(sink) = sink {
+        messages.into_iter().for_each(|message| sink.send(message.address, message.data));
     }
 }
 

@@ -6,6 +6,7 @@ pub mod config;
 pub mod device;
 pub mod hostbridge;
 pub mod lpc;
+pub mod messages;
 pub mod pirq;
 pub mod root;
 

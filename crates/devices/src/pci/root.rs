@@ -11,6 +11,7 @@ use super::pirq::{PirqRouter, default_irq, gsi_of, pirq_of};
 use super::{ECAM_BASE, ECAM_BYTES, PciAddress};
 use crate::access::{lock, merge, store_from};
 use crate::bus::{BusError, MmioBus, MmioDevice, PioBus, PioDevice};
+use crate::host::MsiSink;
 use crate::snapshot::{Persist, SnapshotError};
 
 /// Memory BARs get whole pages, so that a page can be given to the guest or protected on its own.
@@ -72,18 +73,26 @@ pub struct PciRoot {
     /// BARs that are on the buses now. Its lock orders all changes of decoding.
     mapped: Mutex<BTreeMap<(PciAddress, usize), DecodedBar>>,
     router: Arc<PirqRouter>,
+    messages: Arc<dyn MsiSink>,
     pio: Arc<PioBus>,
     mmio: Arc<MmioBus>,
     config_address: Mutex<u32>,
 }
 
 impl PciRoot {
-    /// A root without devices, whose BARs appear on these buses and whose INTx pins go through `router`.
-    pub fn new(pio: Arc<PioBus>, mmio: Arc<MmioBus>, router: Arc<PirqRouter>) -> Self {
+    /// A root without devices, whose BARs appear on these buses, whose INTx pins go through `router` and whose messages through
+    /// `messages`.
+    pub fn new(
+        pio: Arc<PioBus>,
+        mmio: Arc<MmioBus>,
+        router: Arc<PirqRouter>,
+        messages: Arc<dyn MsiSink>,
+    ) -> Self {
         PciRoot {
             functions: RwLock::default(),
             mapped: Mutex::default(),
             router,
+            messages,
             pio,
             mmio,
             config_address: Mutex::new(0),
@@ -109,7 +118,7 @@ impl PciRoot {
         self.functions.read().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Adds a function and wires its INTx pin.
+    /// Adds a function and wires its interrupts.
     ///
     /// # Errors
     /// The address is taken.
@@ -130,6 +139,7 @@ impl PciRoot {
             device.function().with_config(|config| config.set_u8(bits::INTERRUPT_LINE, line));
             device.function().connect_intx(self.router.input(pirq));
         }
+        device.function().connect_messages(self.messages.clone());
         self.refresh_decoding();
         Ok(())
     }

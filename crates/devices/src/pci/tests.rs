@@ -9,7 +9,7 @@ use crate::bus::{Bus, MmioBus, MmioDevice, PioBus, PioDevice};
 use crate::host::IrqLine;
 use crate::irq::SharedLine;
 use crate::snapshot::{Persist, Snapshot};
-use crate::testing::Line;
+use crate::testing::{Line, Messages};
 
 const IDENTITY: PciIdentity = PciIdentity {
     vendor: 0x1234,
@@ -98,7 +98,7 @@ impl Board {
         let apic_lines: Vec<Arc<dyn IrqLine>> = apic.iter().map(|l| l.clone() as _).collect();
         let isa: Vec<_> = (0..16).map(|_| SharedLine::new(Line::new())).collect();
         let router = Arc::new(PirqRouter::new(&apic_lines, &isa));
-        let root = Arc::new(PciRoot::new(pio.clone(), mmio.clone(), router));
+        let root = Arc::new(PciRoot::new(pio.clone(), mmio.clone(), router, Messages::new()));
         let resets = Arc::new(Resets::default());
         root.attach(resets.clone()).unwrap();
         Board { root, pio, mmio, apic, resets }

@@ -1,5 +1,7 @@
 //! The outside world for device tests: lines that remember, a clock that is set, an alarm that is looked at.
 
+pub mod disk;
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

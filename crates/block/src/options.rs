@@ -1,0 +1,103 @@
+//! How a disk is to be opened.
+
+use std::path::PathBuf;
+
+/// Where the contents are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A file or block device of the host.
+    Path(PathBuf),
+    /// Memory of the host, this many bytes, gone when the machine ends.
+    Ram(u64),
+}
+
+/// Logical and physical sector size in bytes, each a power of two from 512 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct SectorSize {
+    pub logical: u32,
+    pub physical: u32,
+}
+
+/// What of the host's caches is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// The host's page cache; stable after a flush.
+    #[default]
+    Writeback,
+    /// Past the host's page cache (O_DIRECT); stable after a flush.
+    None,
+    /// The host's page cache for reads; each write is stable when done.
+    Writethrough,
+    /// Past the page cache, and each write is stable when done.
+    DirectSync,
+}
+
+impl CacheMode {
+    /// Whether the page cache is passed by.
+    pub fn direct(self) -> bool {
+        matches!(self, CacheMode::None | CacheMode::DirectSync)
+    }
+
+    /// Whether each write is stable when done, so that the guest need not flush.
+    pub fn writethrough(self) -> bool {
+        matches!(self, CacheMode::Writethrough | CacheMode::DirectSync)
+    }
+}
+
+/// What happens when the host fails a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ErrorPolicy {
+    /// The machine stops; when it goes on, the request is tried again.
+    #[default]
+    Stop,
+    /// The guest is told.
+    Report,
+    /// The guest is told that all went well.
+    Ignore,
+}
+
+/// How a disk is to be opened.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// Its contents.
+    pub source: Source,
+    /// What the threads are called and errors are told of: `disk` and this, at most ten characters.
+    pub name: String,
+    /// May not be written.
+    pub read_only: bool,
+    /// The host's caches.
+    pub cache: CacheMode,
+    /// Discards give space back; otherwise they do nothing (`nodelete`).
+    pub discard: bool,
+    /// Sector sizes shown to the guest; what the image suggests if not given.
+    pub sectors: Option<SectorSize>,
+    /// For failed reads.
+    pub read_errors: ErrorPolicy,
+    /// For failed writes.
+    pub write_errors: ErrorPolicy,
+}
+
+impl DiskOptions {
+    /// The defaults of bhyve(8) for an image at a path.
+    pub fn new(source: Source) -> Self {
+        DiskOptions {
+            source,
+            name: "disk".into(),
+            read_only: false,
+            cache: CacheMode::Writeback,
+            discard: true,
+            sectors: None,
+            read_errors: ErrorPolicy::Stop,
+            write_errors: ErrorPolicy::Stop,
+        }
+    }
+
+    /// What error messages call it.
+    pub(crate) fn path(&self) -> PathBuf {
+        match &self.source {
+            Source::Path(path) => path.clone(),
+            Source::Ram(bytes) => PathBuf::from(format!("ram={bytes}")),
+        }
+    }
+}
