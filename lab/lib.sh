@@ -118,6 +118,10 @@ make_index() {
 package_index() {
     need_apt "$@"
     private_index
+    locked index fresh_index
+}
+
+fresh_index() {
     local fresh
     fresh=$(find "$build/apt/complete" -mmin -1440 2>/dev/null || true)
     [ -n "$fresh" ] || { say "reading the package index"; rm -f "$build/apt/complete"; make_index; }

@@ -15,6 +15,7 @@
 pub mod disk;
 pub mod error;
 pub mod image;
+mod open;
 pub mod options;
 mod pool;
 pub mod request;

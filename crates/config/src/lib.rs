@@ -25,4 +25,4 @@ pub use lpc::{FwCfgInterface, NullModemEnd, SerialBackend};
 pub use pci::PciAddress;
 pub use settings::{EngineChoice, VmName, VmSettings};
 pub use tree::{Node, Tree};
-pub use value::{HostCpus, MacAddr, Uuid, ValueError};
+pub use value::{HostCpus, MacAddr, SectorSize, Uuid, ValueError};

@@ -13,6 +13,7 @@ pub mod irq;
 pub mod pci;
 pub mod snapshot;
 pub mod uart;
+pub mod virtio;
 
 mod access;
 #[cfg(test)]

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Weak};
 
+use config::settings::PciSlot;
 use config::{PciAddress, SerialBackend, Tree, VmSettings};
 use console::Console;
 use devices::chipset::acpi_pm::{AcpiPm, SCI_IRQ};
@@ -16,37 +17,69 @@ use devices::chipset::reset::{ResetControl, SystemControlPortA};
 use devices::chipset::rtc::{RTC_IRQ, Rtc, RtcConfig};
 use devices::host::{Alarm, IrqLine, MsiSink, OnAlarm};
 use devices::irq::{SharedLine, Unconnected};
+use devices::pci::config::ConfigError;
 use devices::pci::pirq::{PIRQ_GSI_BASE, PIRQS};
 use devices::pci::{
     HostBridge, LpcBridge, MEMORY_WINDOW, PciDevice, PciIdentity, PciRoot, PirqRouter, ResourceWindows,
 };
 use devices::uart::{COM_PORTS, Uart};
-use engine::{Gsi, IOAPIC_PINS, MsiMessage, Vm};
+use devices::virtio::blk::{Blk, BlkConfig};
+use devices::virtio::pci::VirtioPci;
+use engine::{Gsi, GuestMemory, IOAPIC_PINS, MsiMessage, Vm};
 
 use crate::clock::Timers;
+use crate::disks::{self, Disks};
 use crate::lifecycle::{Ending, Lifecycle};
 use crate::{Board, MachineError};
 
 /// What builders of PCI devices work with.
 struct Context<'a> {
     tree: &'a Tree,
+    settings: &'a VmSettings,
     router: Arc<PirqRouter>,
+    memory: &'a GuestMemory,
+    disks: &'a Disks,
 }
 
-type Builder = fn(&Context<'_>, node: &str) -> Result<Arc<dyn PciDevice>, MachineError>;
+/// The most queues of a virtio-blk device.
+const MAX_BLK_QUEUES: i64 = 8;
+
+type Builder = fn(&Context<'_>, &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError>;
 
 /// The PCI devices of this build by the value of their `device` variable. A new device is one line here.
-const PCI_DEVICES: &[(&str, Builder)] = &[("hostbridge", host_bridge), ("lpc", lpc_bridge)];
+const PCI_DEVICES: &[(&str, Builder)] =
+    &[("hostbridge", host_bridge), ("lpc", lpc_bridge), ("virtio-blk", virtio_blk)];
 
-fn host_bridge(context: &Context<'_>, node: &str) -> Result<Arc<dyn PciDevice>, MachineError> {
-    let identity = identity(context.tree, node, HostBridge::identity(devices::pci::hostbridge::DEFAULT_IDS))?;
-    let bridge = HostBridge::new(identity)
-        .map_err(|source| MachineError::PciConfig { device: "hostbridge".into(), source })?;
-    Ok(Arc::new(bridge))
+fn host_bridge(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
+    let default = HostBridge::identity(devices::pci::hostbridge::DEFAULT_IDS);
+    let identity = identity(context.tree, &slot.node, default)?;
+    Ok(Arc::new(HostBridge::new(identity).map_err(pci_config(slot))?))
+}
+
+fn pci_config(slot: &PciSlot) -> impl Fn(ConfigError) -> MachineError {
+    let device = slot.device.clone();
+    move |source| MachineError::PciConfig { device: device.clone(), source }
+}
+
+fn virtio_blk(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
+    let node = context.tree.node(&slot.node);
+    let disk = context.disks.open(&slot.address.to_string(), &node, context.memory)?;
+    // A queue for each processor, so that none waits for another.
+    let most = i64::from(context.settings.topology.vcpus()).min(MAX_BLK_QUEUES);
+    let queues = node.integer("queues", 1..=MAX_BLK_QUEUES)?.unwrap_or(most);
+    let serial = match node.string("ser")? {
+        Some(serial) => serial,
+        None => disks::serial("APIARY", &node)?,
+    };
+    let config = BlkConfig { queues: u16::try_from(queues).unwrap_or(1), serial };
+    let device = Arc::new(Blk::new(disk, context.memory.clone(), config));
+    let identity = identity(context.tree, &slot.node, VirtioPci::identity(&*device))?;
+    let msix = context.settings.virtio_msix;
+    Ok(Arc::new(VirtioPci::new(device, identity, context.memory, msix).map_err(pci_config(slot))?))
 }
 
 /// The LPC bridge keeps its variables below `lpc`, not below its slot (bhyve_config(5), "LPC Device Settings").
-fn lpc_bridge(context: &Context<'_>, _node: &str) -> Result<Arc<dyn PciDevice>, MachineError> {
+fn lpc_bridge(context: &Context<'_>, _slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
     let identity = identity(context.tree, "lpc", devices::pci::lpc::DEFAULT_IDENTITY)?;
     Ok(Arc::new(LpcBridge::new(identity, context.router.clone())))
 }
@@ -132,6 +165,7 @@ pub(crate) fn assemble(
     timers: &Timers,
     lifecycle: &Arc<Lifecycle>,
     (tree, settings, layout): (&Tree, &VmSettings, &boot::MemoryLayout),
+    (memory, disks): (&GuestMemory, &Disks),
     consoles: &[(usize, Console)],
 ) -> Result<Devices, MachineError> {
     let lines: Vec<Arc<SharedLine>> = (0..IOAPIC_PINS)
@@ -185,14 +219,14 @@ pub(crate) fn assemble(
     let router = Arc::new(PirqRouter::new(&apic, &lines[..16]));
     let pci = Arc::new(PciRoot::new(board.pio.clone(), board.mmio.clone(), router.clone(), messages));
     pci.attach(Arc::new(ResetControl::new(lifecycle.clone())))?;
-    let context = Context { tree, router };
+    let context = Context { tree, settings, router, memory, disks };
     for slot in &settings.pci {
         let Some((_, build)) = PCI_DEVICES.iter().find(|(name, _)| *name == slot.device) else {
             return Err(MachineError::NotAvailable(format!("device {}", slot.device)));
         };
         let PciAddress { bus, slot: number, function } = slot.address;
         let address = devices::pci::PciAddress { bus, slot: number, function };
-        pci.insert(address, build(&context, &slot.node)?)?;
+        pci.insert(address, build(&context, slot)?)?;
     }
     pci.assign_resources(&ResourceWindows {
         io: devices::pci::IO_WINDOW,

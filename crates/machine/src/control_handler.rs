@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::Board;
 use crate::clock::Timers;
+use crate::disks::Disks;
 use crate::lifecycle::{Ending, Lifecycle, WrongState};
 use crate::vcpu::VcpuRemote;
 
@@ -31,6 +32,7 @@ pub(crate) struct Parts {
     pub vm: Weak<dyn Vm>,
     pub pm: Weak<AcpiPm>,
     pub board: Weak<Board>,
+    pub disks: Weak<Disks>,
     pub vcpus: Vec<VcpuRemote>,
 }
 
@@ -75,6 +77,7 @@ impl Controls {
         if let Some(parts) = self.parts.get() {
             vm.extend(parts.vm.upgrade().map(|vm| vm.stats()).unwrap_or_default());
             vm.extend(parts.board.upgrade().map(|board| board.stats()).unwrap_or_default());
+            vm.extend(parts.disks.upgrade().map(|disks| disks.stats()).unwrap_or_default());
         }
         let vcpus = self.lifecycle.vcpu_stats().into_iter().zip(0..);
         Stats { vm, vcpus: vcpus.map(|(c, id)| VcpuStats { id, counters: BTreeMap::from_iter(c) }).collect() }
@@ -97,7 +100,13 @@ impl Handler for Controls {
                 }
             }
             Command::Pause => self.lifecycle.pause(|| self.timers.stop()).map_err(refused)?,
-            Command::Resume => self.lifecycle.resume(|| self.timers.start()).map_err(refused)?,
+            Command::Resume => {
+                self.lifecycle.resume(|| self.timers.start()).map_err(refused)?;
+                // After that, so that a disk that fails again can stop the machine again.
+                if let Some(disks) = self.complete()?.disks.upgrade() {
+                    disks.retry();
+                }
+            }
             Command::InjectNmi => self.complete()?.vcpus.iter().for_each(VcpuRemote::inject_nmi),
         }
         Ok(json!({}))

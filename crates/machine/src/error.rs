@@ -15,6 +15,9 @@ pub enum MachineError {
     /// Something that bhyve has and this build has not.
     #[error("{0} is not available in this build")]
     NotAvailable(String),
+    /// A disk image cannot be used.
+    #[error(transparent)]
+    Disk(#[from] block::OpenError),
     /// There is nothing to run.
     #[error("nothing to boot: name a kernel with --kernel FILE (and --initrd FILE, --cmdline TEXT)")]
     NothingToBoot,

@@ -10,6 +10,7 @@ use engine::GuestMemory;
 use x86::cpuid::CpuidTable;
 
 use crate::assembly::{Devices, serial_ports};
+use crate::hash::fnv1a;
 use crate::{MachineError, cpu};
 
 /// The files that the guest boots from, opened.
@@ -136,11 +137,7 @@ fn default_uuid(name: &str) -> Uuid {
 
 /// A hash of both names (FNV-1a of 128 bits) as a UUID of version 8 (RFC 9562 §5.8).
 fn uuid_of(host: &str, name: &str) -> Uuid {
-    const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
-    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
-    let bytes = host.bytes().chain([0]).chain(name.bytes());
-    let hash = bytes.fold(OFFSET, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME));
-    let mut uuid = hash.to_be_bytes();
+    let mut uuid = fnv1a(host.bytes().chain([0]).chain(name.bytes())).to_be_bytes();
     uuid[6] = uuid[6] & 0x0f | 0x80;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     Uuid(uuid)

@@ -13,6 +13,7 @@ use x86::cpuid::model::FeatureList;
 use crate::assembly::{self, Devices};
 use crate::clock::Timers;
 use crate::control_handler::{Controls, Parts};
+use crate::disks::{Disks, Watch};
 use crate::firmware::{self, BootFiles};
 use crate::lifecycle::{Ending, Lifecycle};
 use crate::signals::Signals;
@@ -88,6 +89,8 @@ struct Machine {
     lifecycle: Arc<Lifecycle>,
     timers: Arc<Timers>,
     consoles: Vec<(usize, Console)>,
+    _disk_watch: Watch,
+    disks: Arc<Disks>,
     board: Arc<Board>,
     _memory: Vec<Arc<GuestRegion>>,
     _directory: VmDirectory,
@@ -124,6 +127,8 @@ impl Machine {
         let model = cpu::model(engine, settings, features, layout)?;
         let (guest_memory, regions) = memory::allocate(layout, &settings.memory)?;
         let board = Arc::new(Board::new(lifecycle.clone(), settings.strict_io));
+        let disks = Disks::new();
+        let disk_watch = disks.watch(lifecycle.clone(), timers.clone())?;
         let built = || -> Result<Vec<VcpuHandle>, MachineError> {
             let failed = MachineError::engine(kind);
             let config = VmConfig {
@@ -136,8 +141,9 @@ impl Machine {
             for (slot, region) in (0..).zip(&regions) {
                 vm.map_memory(slot, region.clone(), true).map_err(&failed)?;
             }
-            let devices =
-                assembly::assemble(&board, &vm, &timers, &lifecycle, (tree, settings, layout), &consoles)?;
+            let of = (*tree, *settings, *layout);
+            let storage = (&guest_memory, &*disks);
+            let devices = assembly::assemble(&board, &vm, &timers, &lifecycle, of, storage, &consoles)?;
             let entry = firmware::load(&guest_memory, files, settings, layout, &devices, &model.table(0))?;
             let mut vcpus: Vec<Box<dyn Vcpu>> = Vec::new();
             for id in 0..settings.topology.vcpus() {
@@ -147,7 +153,7 @@ impl Machine {
                 vcpus.push(vcpu);
             }
             let handles = start_vcpus(vcpus, settings, &lifecycle)?;
-            publish(&controls, vm, devices, &board, &handles);
+            publish(&controls, vm, devices, (&board, &disks), &handles);
             Ok(handles)
         };
         match built() {
@@ -158,6 +164,8 @@ impl Machine {
                 lifecycle,
                 timers,
                 consoles,
+                _disk_watch: disk_watch,
+                disks,
                 board,
                 _memory: regions,
                 _directory: directory,
@@ -181,6 +189,7 @@ impl Machine {
         }
         self.timers.stop();
         self.consoles.clear();
+        self.disks.close();
         self.board.clear();
         ending
     }
@@ -242,11 +251,18 @@ fn start_vcpus(
 }
 
 /// Gives the control socket and the signals what they act on.
-fn publish(controls: &Controls, vm: Arc<dyn Vm>, devices: Devices, board: &Arc<Board>, vcpus: &[VcpuHandle]) {
+fn publish(
+    controls: &Controls,
+    vm: Arc<dyn Vm>,
+    devices: Devices,
+    (board, disks): (&Arc<Board>, &Arc<Disks>),
+    vcpus: &[VcpuHandle],
+) {
     let parts = Parts {
         vm: Arc::downgrade(&vm),
         pm: Arc::downgrade(&devices.pm),
         board: Arc::downgrade(board),
+        disks: Arc::downgrade(disks),
         vcpus: vcpus.iter().map(VcpuHandle::remote).collect(),
     };
     // Set once: `build` runs once for each `Controls`.

@@ -112,6 +112,8 @@ pub mod capability {
 
 /// Class codes: base class, subclass, programming interface.
 pub mod class {
+    /// Mass storage of no particular kind.
+    pub const STORAGE: (u8, u8, u8) = (0x01, 0x00, 0x00);
     /// Host bridge.
     pub const HOST_BRIDGE: (u8, u8, u8) = (0x06, 0x00, 0x00);
     /// ISA bridge.

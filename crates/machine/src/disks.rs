@@ -1,0 +1,228 @@
+//! The machine's disks: opened from a device's variables, stopped for and tried again when the host fails, closed at the end.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use block::{CacheMode, Disk, DiskOptions, ErrorPolicy, IoError, Source, TroubleSink};
+use config::{Node, SettingError, ValueError};
+use engine::GuestMemory;
+
+use crate::MachineError;
+use crate::clock::Timers;
+use crate::hash::fnv1a;
+use crate::lifecycle::Lifecycle;
+
+/// How often a machine that waits for space looks whether there is some.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a disk has met.
+struct Trouble {
+    disk: String,
+    error: IoError,
+}
+
+/// The sender that every disk has.
+struct Troubles(Mutex<Sender<Trouble>>);
+
+impl TroubleSink for Troubles {
+    fn trouble(&self, disk: &str, error: &IoError) {
+        let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nobody listens any more: the machine is at its end.
+        let _ = sender.send(Trouble { disk: disk.to_owned(), error: error.clone() });
+    }
+}
+
+/// The disks of a machine.
+pub(crate) struct Disks {
+    open: Mutex<Vec<Arc<Disk>>>,
+    troubles: Arc<Troubles>,
+    received: Mutex<Option<Receiver<Trouble>>>,
+}
+
+impl Disks {
+    pub fn new() -> Arc<Self> {
+        let (sender, received) = channel();
+        Arc::new(Disks {
+            open: Mutex::default(),
+            troubles: Arc::new(Troubles(Mutex::new(sender))),
+            received: Mutex::new(Some(received)),
+        })
+    }
+
+    fn all(&self) -> Vec<Arc<Disk>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Opens the disk that the variables of `node` describe. `name` is how messages call it, and its threads.
+    ///
+    /// # Errors
+    /// A variable has an impossible value, or the image cannot be used.
+    pub fn open(&self, name: &str, node: &Node<'_>, memory: &GuestMemory) -> Result<Arc<Disk>, MachineError> {
+        self.open_with(options(name, node)?, memory)
+    }
+
+    /// Opens a disk.
+    ///
+    /// # Errors
+    /// The image cannot be used.
+    pub fn open_with(&self, options: DiskOptions, memory: &GuestMemory) -> Result<Arc<Disk>, MachineError> {
+        let disk = Arc::new(Disk::open(options, memory.clone(), self.troubles.clone())?);
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).push(disk.clone());
+        Ok(disk)
+    }
+
+    /// Starts what stops the machine when a disk is in trouble.
+    ///
+    /// # Errors
+    /// The host refuses the thread.
+    pub fn watch(
+        self: &Arc<Self>,
+        lifecycle: Arc<Lifecycle>,
+        timers: Arc<Timers>,
+    ) -> Result<Watch, MachineError> {
+        let received = self.received.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let disks = self.clone();
+        let thread = thread::Builder::new()
+            .name("disk-trouble".into())
+            .spawn(move || {
+                if let Some(received) = received {
+                    disks.stop_and_retry(&received, &lifecycle, &timers);
+                }
+            })
+            .map_err(MachineError::host("starting the thread that watches disks"))?;
+        Ok(Watch { troubles: self.troubles.clone(), thread: Some(thread) })
+    }
+
+    /// The thread: stops the machine when a disk is in trouble. If space is all that is missing it looks again and again, and
+    /// lets the machine go on when there is some; other failures wait for somebody who resumes the machine.
+    fn stop_and_retry(&self, received: &Receiver<Trouble>, lifecycle: &Lifecycle, timers: &Timers) {
+        while let Ok(Trouble { disk, error }) = received.recv() {
+            // Paused already: then whoever resumes it tries again.
+            let stopped = lifecycle.pause(|| timers.stop()).is_ok();
+            let space = error == IoError::NoSpace;
+            let hint = if space { "it goes on when there is space" } else { "bhyvectl --resume tries again" };
+            tracing::error!("disk {disk}: {error}: the machine has stopped; {hint}");
+            if stopped && space {
+                self.wait_for_space(received, lifecycle, timers);
+            }
+        }
+    }
+
+    fn wait_for_space(&self, received: &Receiver<Trouble>, lifecycle: &Lifecycle, timers: &Timers) {
+        loop {
+            // The wait is the interval; what comes meanwhile is of the same trouble.
+            match received.recv_timeout(RETRY_INTERVAL) {
+                Ok(_) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let disks = self.all();
+            disks.iter().for_each(|disk| disk.retry());
+            disks.iter().for_each(|disk| disk.drain());
+            match received.try_recv() {
+                Ok(_) => continue,
+                Err(_) => {
+                    // Somebody may have resumed or ended it meanwhile.
+                    if lifecycle.resume(|| timers.start()).is_ok() {
+                        tracing::info!("the machine goes on");
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Tries again what has failed; to be called when the machine is resumed.
+    pub fn retry(&self) {
+        self.all().iter().for_each(|disk| disk.retry());
+    }
+
+    /// The counters of every disk, each name with the disk's before it.
+    pub fn stats(&self) -> Vec<(String, u64)> {
+        let counters = |disk: &Arc<Disk>| {
+            let name = disk.name().to_owned();
+            disk.stats().list().into_iter().map(move |(counter, value)| (format!("{name} {counter}"), value))
+        };
+        self.all().iter().flat_map(counters).collect()
+    }
+
+    /// Waits for what is on its way and makes it stable. Errors are told; there is nobody left to act on them.
+    pub fn close(&self) {
+        for disk in self.all() {
+            if let Err(error) = disk.close() {
+                tracing::error!("disk {}: making it stable: {error}", disk.name());
+            }
+        }
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+/// The thread that stops the machine for a disk. Dropping it ends the thread.
+pub(crate) struct Watch {
+    troubles: Arc<Troubles>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // A channel without a sender ends the thread.
+        let (nobody, _) = channel();
+        *self.troubles.0.lock().unwrap_or_else(PoisonError::into_inner) = nobody;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A disk's options from its variables (bhyve_config(5), "Block Device Settings"). Apiary's own are `cache`, `rerror` and `werror`.
+pub(crate) fn options(name: &str, node: &Node<'_>) -> Result<DiskOptions, SettingError> {
+    let mut options = DiskOptions::new(Source::Path(node.required("path")?.into()));
+    options.name = name.to_owned();
+    options.read_only = node.boolean("ro", false)?;
+    options.discard = !node.boolean("nodelete", false)?;
+    options.sectors = node
+        .parsed::<config::SectorSize>("sectorsize")?
+        .map(|size| block::SectorSize { logical: size.logical, physical: size.physical });
+    let synchronous = node.boolean("direct", false)? || node.boolean("sync", false)?;
+    let from_flags = match (node.boolean("nocache", false)?, synchronous) {
+        (false, false) => CacheMode::Writeback,
+        (true, false) => CacheMode::None,
+        (false, true) => CacheMode::Writethrough,
+        (true, true) => CacheMode::DirectSync,
+    };
+    options.cache = node.convert("cache", cache_mode)?.unwrap_or(from_flags);
+    options.read_errors = node.convert("rerror", error_policy)?.unwrap_or_default();
+    options.write_errors = node.convert("werror", error_policy)?.unwrap_or_default();
+    Ok(options)
+}
+
+fn cache_mode(text: &str) -> Result<CacheMode, ValueError> {
+    match text {
+        "writeback" => Ok(CacheMode::Writeback),
+        "none" => Ok(CacheMode::None),
+        "writethrough" => Ok(CacheMode::Writethrough),
+        "directsync" => Ok(CacheMode::DirectSync),
+        _ => Err(ValueError::Word {
+            value: text.to_owned(),
+            accepted: "writeback, none, writethrough, directsync",
+        }),
+    }
+}
+
+fn error_policy(text: &str) -> Result<ErrorPolicy, ValueError> {
+    match text {
+        "stop" => Ok(ErrorPolicy::Stop),
+        "report" => Ok(ErrorPolicy::Report),
+        "ignore" => Ok(ErrorPolicy::Ignore),
+        _ => Err(ValueError::Word { value: text.to_owned(), accepted: "stop, report, ignore" }),
+    }
+}
+
+/// A serial number for a disk that has been given none: always the same for the same image. `prefix` and 12 hexadecimal digits.
+pub(crate) fn serial(prefix: &str, node: &Node<'_>) -> Result<String, SettingError> {
+    let path = node.required("path")?;
+    let hash = fnv1a(path.bytes());
+    Ok(format!("{prefix}-{:012X}", (hash >> 80) as u64))
+}
