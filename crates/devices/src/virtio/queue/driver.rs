@@ -51,7 +51,8 @@ impl Ring {
         let mut queue = Queue::new(self.memory.clone(), self.size);
         let [descriptors, driver, device] = self.parts();
         let state = queue.state_mut();
-        *state = QueueState { descriptors, driver, device, event_index, layout: self.layout, ..state.clone() };
+        *state =
+            QueueState { descriptors, driver, device, event_index, layout: self.layout, ..state.clone() };
         assert!(queue.is_valid());
         queue.state_mut().enabled = true;
         queue
