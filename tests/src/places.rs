@@ -11,6 +11,8 @@ pub enum Kernel {
     Generic,
     /// The cloud kernel of the backports suite.
     Backports,
+    /// The kernel of the Debian on a disk, by `lab/disk`; goes with [`Root::Disk`].
+    Disk,
     /// memtest86+, which is loaded like a Linux kernel.
     Memtest,
 }
@@ -22,6 +24,8 @@ pub enum Root {
     Small,
     /// A Debian with tools, by `lab/debian`; takes 1 GiB of memory or more.
     Debian,
+    /// The initramfs of a Debian on a disk, by `lab/disk`: it mounts what `root=` says.
+    Disk,
 }
 
 /// The directories that the tests use.
@@ -56,6 +60,7 @@ impl Places {
             Kernel::Cloud => "cloud/vmlinuz",
             Kernel::Generic => "generic/vmlinuz",
             Kernel::Backports => "backports/vmlinuz",
+            Kernel::Disk => "disk/vmlinuz",
             Kernel::Memtest => "memtest/memtest.bin",
         })
     }
@@ -65,7 +70,13 @@ impl Places {
         self.guests.join(match root {
             Root::Small => "initramfs.cpio",
             Root::Debian => "debian/initramfs.cpio",
+            Root::Disk => "disk/initrd.img",
         })
+    }
+
+    /// The Debian on a disk: a raw image, to be copied before it is used.
+    pub fn debian_disk(&self) -> PathBuf {
+        self.guests.join("disk/debian.raw")
     }
 
     /// The Debian guest's root file system as a directory.

@@ -4,9 +4,11 @@
 
 mod boot;
 mod control;
+mod disks;
 mod load;
 mod memtest;
 mod misuse;
+mod powercut;
 mod proof;
 mod serial;
 mod terminal;

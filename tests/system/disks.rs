@@ -1,0 +1,62 @@
+//! A Debian on a disk, started from each controller: to its login prompt, and down again with nothing lost.
+
+use std::path::Path;
+use std::process::Command;
+
+use guest::{Error, Kernel, Machine, Places, Root};
+
+use crate::{assert_status, status};
+
+/// A copy of the disk that `lab/disk` has made.
+fn copy_of_debian(to: &Path) {
+    let from = Places::default().debian_disk();
+    // Holes stay holes: a disk is a few gigabytes of which a third is there.
+    let copied = Command::new("cp").arg("--sparse=always").arg(from).arg(to).status();
+    assert!(copied.is_ok_and(|status| status.success()), "copying the disk");
+}
+
+#[track_caller]
+fn assert_clean(image: &Path) {
+    let output = Command::new("e2fsck").args(["-f", "-n"]).arg(image).output().expect("e2fsck");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "e2fsck of the disk after a clean shutdown: {said}");
+}
+
+/// Starts the Debian with a device (`{}` is its image), logs in, writes and reads back, and shuts down.
+fn debian(name: &str, device: &str, options: &[&str]) -> Result<(), Error> {
+    let directory = tempfile::tempdir().expect("a directory");
+    let image = directory.path().join("disk");
+    copy_of_debian(&image);
+    let device = format!("4,{}", device.replace("{}", &image.to_string_lossy()));
+    let mut running = Machine::new(name)
+        .kernel(Kernel::Disk)
+        .root(Root::Disk)
+        .memory("1G")
+        .words("root=LABEL=apiary")
+        .options(&["-s", &device])
+        .options(options)
+        .start()?;
+    running.wait_for("apiary login: ")?;
+    running.send("root\n")?;
+    running.wait_for("# ")?;
+    // What is typed comes back; the answers are what the commands make of it.
+    running.send("dd if=/dev/urandom of=big bs=1M count=20 status=none; sync; sha256sum <big >sum\n")?;
+    running.send("echo 3 >/proc/sys/vm/drop_caches; [ \"$(sha256sum <big)\" = \"$(cat sum)\" ] && echo sum-$((40+2))\n")?;
+    running.wait_for("sum-42")?;
+    running.send("systemctl is-system-running --wait | sed s/^/state-/; poweroff\n")?;
+    running.wait_for("state-running")?;
+    let ended = running.wait()?;
+    assert_status(&ended, status::POWEROFF);
+    assert_clean(&image);
+    Ok(())
+}
+
+#[test]
+fn debian_on_virtio_blk() -> Result<(), Error> {
+    debian("disk-virtio-blk", "virtio-blk,{}", &[])
+}
+
+#[test]
+fn debian_on_virtio_blk_with_msi_past_the_page_cache() -> Result<(), Error> {
+    debian("disk-virtio-msi", "virtio-blk,{},nocache,sectorsize=512/4096", &["-W"])
+}
