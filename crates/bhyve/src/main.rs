@@ -2,7 +2,9 @@
 //!
 //! The exit status tells how it ended: 0 rebooted, 1 powered off, 2 halted, 3 triple fault, 4 error.
 
-use std::io::{self, IsTerminal, Write};
+mod log;
+
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use config::{Action, CommandLine};
@@ -13,6 +15,7 @@ use machine::{Ending, Environment};
 const ERROR: u8 = 4;
 
 fn main() -> ExitCode {
+    log::start();
     match config::parse(std::env::args_os().skip(1)) {
         Ok(command_line) => obey(&command_line),
         Err(error) => fail(&error.to_string()),
@@ -54,11 +57,8 @@ fn end(ending: &Ending) -> ExitCode {
 }
 
 fn tell(line: &str) {
-    let mut stderr = io::stderr();
-    // A guest's console may have made the terminal raw; one that is not takes the carriage return as well.
-    let end = if stderr.is_terminal() { "\r\n" } else { "\n" };
     // Nobody may be listening any more; that changes nothing about the guest.
-    let _ = write!(stderr, "bhyve: {line}{end}");
+    let _ = write!(io::stderr(), "bhyve: {line}{}", log::end_of_line());
 }
 
 fn fail(message: &str) -> ExitCode {

@@ -248,18 +248,17 @@ impl Shared {
             Operation::Read => self.options.read_errors,
             _ => self.options.write_errors,
         };
-        tracing::warn!("disk {}: {:?}: {error}", self.name, job.request);
+        tracing::debug!("disk {}: {:?}: {error}", self.name, job.request);
         match policy {
             ErrorPolicy::Report => self.finish(job, result),
             ErrorPolicy::Ignore => self.finish(job, Ok(())),
             ErrorPolicy::Stop => {
                 let error = error.clone();
-                let mut progress = self.lock();
-                progress.held.push(job);
-                progress.in_flight -= 1;
-                drop(progress);
-                self.changed.notify_all();
+                self.lock().held.push(job);
+                // Who waits for all to have ended finds that this has failed again.
                 self.trouble.trouble(&self.name, &error);
+                self.lock().in_flight -= 1;
+                self.changed.notify_all();
             }
         }
     }
