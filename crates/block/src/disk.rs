@@ -13,6 +13,7 @@ use crate::image::AtOnce;
 use crate::pool::Pool;
 use crate::{
     Buffers, DiskOptions, DiskStats, ErrorPolicy, Image, IoError, OpenError, Operation, Request, SectorSize,
+    Snapshot, SnapshotChange,
 };
 
 /// Accesses up to this are made on the thread that asks for them, where that needs no waiting. With more bytes, an I/O thread on another
@@ -175,7 +176,46 @@ impl Disk {
         self.drain();
         let held = std::mem::take(&mut self.shared.lock().held);
         drop(held);
-        if self.shared.options.read_only { Ok(()) } else { self.shared.image.flush() }
+        if self.shared.options.read_only { Ok(()) } else { self.shared.image.close() }
+    }
+
+    /// Gives the disk another size in bytes, whole sectors, and its image with it. What is new reads as zeros.
+    ///
+    /// # Errors
+    /// The host's; the format cannot; the size is not possible. `drain` has to be called before if it becomes smaller.
+    pub fn resize(&self, len: u64) -> io::Result<()> {
+        if len == 0 || !len.is_multiple_of(u64::from(self.shared.sectors.logical)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if self.shared.options.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        if len < self.info().size_bytes {
+            self.shared.size_bytes.store(len, Ordering::Release);
+        }
+        let result = self.shared.image.resize(len);
+        self.refresh_size();
+        result
+    }
+
+    /// The snapshots within the image.
+    ///
+    /// # Errors
+    /// As [`Image::snapshots`].
+    pub fn snapshots(&self) -> io::Result<Vec<Snapshot>> {
+        self.shared.image.snapshots()
+    }
+
+    /// Makes, applies or deletes a snapshot within the image, while no request is on its way: the machine is to be paused. After
+    /// applying one the disk may have another size.
+    ///
+    /// # Errors
+    /// As [`Image::change_snapshots`].
+    pub fn change_snapshots(&self, change: SnapshotChange<'_>) -> io::Result<()> {
+        self.drain();
+        let result = self.shared.image.change_snapshots(change);
+        self.refresh_size();
+        result
     }
 
     /// Looks whether the image has another size. Returns the new one if so.
