@@ -20,9 +20,11 @@ pub mod open;
 pub mod options;
 mod pool;
 pub mod request;
+mod ring;
 pub mod stats;
 #[cfg(test)]
 mod testing;
+pub mod throttle;
 
 pub use disk::{Disk, DiskInfo, TroubleSink};
 pub use error::{IoError, OpenError};
@@ -31,3 +33,4 @@ pub use open::open_image;
 pub use options::{CacheMode, DiskOptions, ErrorPolicy, Format, SectorSize, Source};
 pub use request::{Buffers, Operation, Request, Span};
 pub use stats::{DiskStats, Histogram};
+pub use throttle::{Limit, Limits, Rate};

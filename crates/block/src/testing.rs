@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use memory::GuestMemory;
 use vm_memory::VolatileSlice;
@@ -68,11 +68,20 @@ pub fn guest_memory() -> GuestMemory {
 
 /// Notes the troubles that it is told of.
 #[derive(Default)]
-pub struct Troubles(pub Mutex<Vec<IoError>>);
+pub struct Troubles(Mutex<Vec<IoError>>, Condvar);
+
+impl Troubles {
+    /// Waits until there are as many.
+    pub fn wait(&self, count: usize) -> Vec<IoError> {
+        let troubles = self.0.lock().unwrap();
+        self.1.wait_while(troubles, |troubles| troubles.len() < count).unwrap().clone()
+    }
+}
 
 impl TroubleSink for Troubles {
     fn trouble(&self, _disk: &str, error: &IoError) {
         self.0.lock().unwrap().push(error.clone());
+        self.1.notify_all();
     }
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod probe;
 pub mod qcow2;
 pub mod raw;
 
+use std::fs::File;
 use std::io;
 
 use vm_memory::VolatileSlice;
@@ -74,6 +75,16 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// The host's.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+
+    /// Whether the kernel can make accesses as they are, past the page cache ([`Image::direct`]).
+    fn is_direct(&self) -> bool {
+        false
+    }
+
+    /// The file in which the kernel can make this access as it is, at the same offset, if it can.
+    fn direct(&self, _write: bool, _offset: u64, _buffers: &[VolatileSlice<'_>]) -> Option<&File> {
+        None
+    }
 
     /// Makes all stable, and leaves the image as somebody else may open it. It may be used again afterwards.
     ///

@@ -5,6 +5,7 @@
 //! whose format was looked for, not given, does not take writes that would make it look like something else ([`Guarded`]); that is
 //! QEMU's rule too. Who needs such a disk says `format=raw`, when opening it and ever after.
 
+use std::fs::File;
 use std::io;
 
 use vm_memory::VolatileSlice;
@@ -97,6 +98,14 @@ impl Image for Guarded {
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.0.write_zeroes(offset, len, unmap)
+    }
+
+    fn is_direct(&self) -> bool {
+        self.0.is_direct()
+    }
+
+    fn direct(&self, write: bool, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<&File> {
+        if write && offset < PROBED_BYTES as u64 { None } else { self.0.direct(write, offset, buffers) }
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {

@@ -142,7 +142,9 @@ impl RawImage {
     fn read_bounced(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
         let mut place = Place::new(buffers);
         self.bounced(offset, buffers, |start, skip, len, bounce| {
-            self.read_block(start, bounce)?;
+            if self.read_block(start, bounce)? < skip + len {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             place.fill(&bounce.bytes()[skip..skip + len]);
             Ok(())
         })
@@ -200,12 +202,15 @@ impl RawImage {
         Ok(())
     }
 
-    /// Fills aligned memory from an aligned offset; beyond the end of the image it is left alone.
-    fn read_block(&self, offset: u64, memory: &mut AlignedMemory) -> io::Result<()> {
+    /// Fills aligned memory from an aligned offset; beyond the end of the image it is left alone. Returns how much is there.
+    fn read_block(&self, offset: u64, memory: &mut AlignedMemory) -> io::Result<usize> {
         let len = memory.len;
         match self.transfer(Direction::Read, offset, &[VolatileSlice::from(memory.bytes_mut())], 0) {
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof && offset + len as u64 > self.size() => Ok(()),
-            other => other,
+            Ok(()) => Ok(len),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Ok(self.size().saturating_sub(offset).min(len as u64) as usize)
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -354,6 +359,16 @@ impl Image for RawImage {
         write_zero_bytes(self, offset, len)
     }
 
+    fn is_direct(&self) -> bool {
+        self.alignment != Alignment::NONE
+    }
+
+    fn direct(&self, write: bool, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<&File> {
+        // Where a sector can be part of a block, who writes a part must have the block alone, which needs a thread.
+        let by_parts = self.alignment.offset > 512;
+        (self.is_direct() && !(write && by_parts) && self.is_aligned(offset, buffers)).then_some(&self.file)
+    }
+
     fn resize(&self, len: u64) -> io::Result<()> {
         if self.block_device { Err(io::ErrorKind::Unsupported.into()) } else { self.file.set_len(len) }
     }
@@ -478,3 +493,6 @@ impl AlignedMemory {
         &mut self.storage[self.start..self.start + self.len]
     }
 }
+
+#[cfg(test)]
+mod tests;
