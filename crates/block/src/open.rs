@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use memory::GuestMemory;
 
+use crate::image::nbd::NbdImage;
 use crate::image::probe::{Guarded, PROBED_BYTES, probe};
 use crate::image::qcow2::Qcow2Image;
 use crate::image::raw::{RawImage, is_in_memory};
@@ -53,7 +54,7 @@ pub fn open_image(options: &DiskOptions) -> Result<Box<dyn Image>, OpenError> {
             let image = RawImage::in_memory(*bytes);
             Ok(Box::new(image.map_err(|source| OpenError::Open { path: options.path(), source })?))
         }
-        Source::Nbd(url) => unsupported(Path::new(url), "NBD is not built in"),
+        Source::Nbd(url) => Ok(Box::new(NbdImage::open(url, !options.read_only)?)),
     }
 }
 

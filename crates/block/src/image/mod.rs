@@ -1,5 +1,6 @@
 //! Image formats.
 
+pub mod nbd;
 pub(crate) mod probe;
 pub mod qcow2;
 pub mod raw;
@@ -155,6 +156,49 @@ fn fill_zero(buffer: &VolatileSlice<'_>) {
             part.copy_from(&ZEROS[..now]);
         }
         done += now;
+    }
+}
+
+/// How far an access has come in its buffers.
+pub(crate) struct Place<'a, 'b> {
+    buffers: &'a [VolatileSlice<'b>],
+    /// Bytes of the first buffer that are done.
+    within: usize,
+}
+
+impl<'a, 'b> Place<'a, 'b> {
+    pub fn new(buffers: &'a [VolatileSlice<'b>]) -> Self {
+        Place { buffers, within: 0 }
+    }
+
+    /// Copies to the next `from.len()` bytes of the buffers.
+    pub fn fill(&mut self, from: &[u8]) {
+        self.each(from.len(), |buffer, range| {
+            buffer.copy_from(&from[range]);
+        });
+    }
+
+    /// Copies from the next `to.len()` bytes of the buffers.
+    pub fn take(&mut self, to: &mut [u8]) {
+        self.each(to.len(), |buffer, range| {
+            buffer.copy_to(&mut to[range]);
+        });
+    }
+
+    fn each(&mut self, len: usize, mut copy: impl FnMut(VolatileSlice<'b>, std::ops::Range<usize>)) {
+        let mut done = 0;
+        while let Some(first) = self.buffers.first().filter(|_| done < len) {
+            let now = (len - done).min(first.len() - self.within);
+            if let Ok(part) = first.subslice(self.within, now) {
+                copy(part, done..done + now);
+            }
+            done += now;
+            self.within += now;
+            if self.within == first.len() {
+                self.buffers = &self.buffers[1..];
+                self.within = 0;
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::{PoisonError, RwLock};
 use rustix::fs::FallocateFlags;
 use vm_memory::VolatileSlice;
 
-use super::{AtOnce, Image, write_zero_bytes};
+use super::{AtOnce, Image, Place, write_zero_bytes};
 use crate::CacheMode;
 
 /// The most buffers of one preadv(2) (`IOV_MAX`).
@@ -424,49 +424,6 @@ fn direct_alignment(file: &File) -> io::Result<Alignment> {
     } else {
         Alignment { memory: power(ASSUMED), offset: power(ASSUMED) }
     })
-}
-
-/// How far an access has come in its buffers.
-struct Place<'a, 'b> {
-    buffers: &'a [VolatileSlice<'b>],
-    /// Bytes of the first buffer that are done.
-    within: usize,
-}
-
-impl<'a, 'b> Place<'a, 'b> {
-    fn new(buffers: &'a [VolatileSlice<'b>]) -> Self {
-        Place { buffers, within: 0 }
-    }
-
-    /// Copies to the next `from.len()` bytes of the buffers.
-    fn fill(&mut self, from: &[u8]) {
-        self.each(from.len(), |buffer, range| {
-            buffer.copy_from(&from[range]);
-        });
-    }
-
-    /// Copies from the next `to.len()` bytes of the buffers.
-    fn take(&mut self, to: &mut [u8]) {
-        self.each(to.len(), |buffer, range| {
-            buffer.copy_to(&mut to[range]);
-        });
-    }
-
-    fn each(&mut self, len: usize, mut copy: impl FnMut(VolatileSlice<'b>, std::ops::Range<usize>)) {
-        let mut done = 0;
-        while let Some(first) = self.buffers.first().filter(|_| done < len) {
-            let now = (len - done).min(first.len() - self.within);
-            if let Ok(part) = first.subslice(self.within, now) {
-                copy(part, done..done + now);
-            }
-            done += now;
-            self.within += now;
-            if self.within == first.len() {
-                self.buffers = &self.buffers[1..];
-                self.within = 0;
-            }
-        }
-    }
 }
 
 /// Memory at a multiple of its alignment.
