@@ -11,8 +11,11 @@ use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
 use crate::image::AtOnce;
 use crate::pool::Pool;
+use crate::ring::{Access, Ring};
+use crate::throttle::{Limits, Throttle};
 use crate::{
     Buffers, DiskOptions, DiskStats, ErrorPolicy, Image, IoError, OpenError, Operation, Request, SectorSize,
+    Snapshot, SnapshotChange,
 };
 
 /// Accesses up to this are made on the thread that asks for them, where that needs no waiting. With more bytes, an I/O thread on another
@@ -68,10 +71,20 @@ struct Job {
     started: Instant,
 }
 
-/// A disk.
-pub struct Disk {
+/// Those who do requests.
+struct Workers {
     shared: Arc<Shared>,
     pool: Pool,
+    /// For what the kernel can do as it is, if the image has that.
+    ring: Option<Ring>,
+}
+
+/// A disk.
+pub struct Disk {
+    // Let go of first: it starts what waits.
+    throttle: Throttle<Job>,
+    workers: Arc<Workers>,
+    shared: Arc<Shared>,
 }
 
 impl Disk {
@@ -108,7 +121,11 @@ impl Disk {
             progress: Mutex::default(),
             changed: Condvar::new(),
         });
-        Ok(Disk { shared, pool })
+        let ring = if shared.image.is_direct() { ring(&shared.name) } else { None };
+        let workers = Arc::new(Workers { shared: shared.clone(), pool, ring });
+        let of_throttle = workers.clone();
+        let throttle = Throttle::new(&shared.name, move |job| Workers::start(&of_throttle, job));
+        Ok(Disk { throttle, workers, shared })
     }
 
     /// What the guest may know.
@@ -140,14 +157,23 @@ impl Disk {
         }
         self.shared.lock().in_flight += 1;
         let job = Job { request, started: Instant::now() };
-        if let Some(job) = self.shared.at_once(job) {
-            self.queue(job);
+        let Request { operation, len, .. } = job.request;
+        if let Some(job) = self.throttle.admit(operation, len, job) {
+            Workers::start(&self.workers, job);
         }
     }
 
-    fn queue(&self, job: Job) {
-        let shared = self.shared.clone();
-        self.pool.push(Box::new(move || shared.run(job)));
+    /// The limits.
+    pub fn limits(&self) -> Limits {
+        self.throttle.limits()
+    }
+
+    /// Sets other limits, from now on and for what waits already.
+    ///
+    /// # Errors
+    /// The host refuses a thread; the limits stay as they are.
+    pub fn set_limits(&self, limits: Limits) -> io::Result<()> {
+        self.throttle.set(limits)
     }
 
     /// Tries again what has failed and was held back. Call when the machine goes on.
@@ -157,14 +183,16 @@ impl Disk {
             progress.in_flight += progress.held.len();
             std::mem::take(&mut progress.held)
         };
-        held.into_iter().for_each(|job| self.queue(job));
+        held.into_iter().for_each(|job| self.workers.queue(job));
     }
 
-    /// Waits until every request has ended that was submitted, but for those held back after a failure.
+    /// Waits until every request has ended that was submitted, but for those held back after a failure. Limits do not count meanwhile.
     pub fn drain(&self) {
+        self.throttle.hurry(true);
         let progress = self.shared.lock();
         let ended = self.shared.changed.wait_while(progress, |progress| progress.in_flight > 0);
         drop(ended.unwrap_or_else(PoisonError::into_inner));
+        self.throttle.hurry(false);
     }
 
     /// The end: waits for what is on its way, forgets what is held back, makes all stable.
@@ -175,7 +203,46 @@ impl Disk {
         self.drain();
         let held = std::mem::take(&mut self.shared.lock().held);
         drop(held);
-        if self.shared.options.read_only { Ok(()) } else { self.shared.image.flush() }
+        if self.shared.options.read_only { Ok(()) } else { self.shared.image.close() }
+    }
+
+    /// Gives the disk another size in bytes, whole sectors, and its image with it. What is new reads as zeros.
+    ///
+    /// # Errors
+    /// The host's; the format cannot; the size is not possible. `drain` has to be called before if it becomes smaller.
+    pub fn resize(&self, len: u64) -> io::Result<()> {
+        if len == 0 || !len.is_multiple_of(u64::from(self.shared.sectors.logical)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if self.shared.options.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        if len < self.info().size_bytes {
+            self.shared.size_bytes.store(len, Ordering::Release);
+        }
+        let result = self.shared.image.resize(len);
+        self.refresh_size();
+        result
+    }
+
+    /// The snapshots within the image.
+    ///
+    /// # Errors
+    /// As [`Image::snapshots`].
+    pub fn snapshots(&self) -> io::Result<Vec<Snapshot>> {
+        self.shared.image.snapshots()
+    }
+
+    /// Makes, applies or deletes a snapshot within the image, while no request is on its way: the machine is to be paused. After
+    /// applying one the disk may have another size.
+    ///
+    /// # Errors
+    /// As [`Image::change_snapshots`].
+    pub fn change_snapshots(&self, change: SnapshotChange<'_>) -> io::Result<()> {
+        self.drain();
+        let result = self.shared.image.change_snapshots(change);
+        self.refresh_size();
+        result
     }
 
     /// Looks whether the image has another size. Returns the new one if so.
@@ -183,6 +250,80 @@ impl Disk {
         let sector = u64::from(self.shared.sectors.logical);
         let size = self.shared.image.size() / sector * sector;
         (self.shared.size_bytes.swap(size, Ordering::AcqRel) != size).then_some(size)
+    }
+}
+
+/// A ring, if the host has one for us.
+fn ring(name: &str) -> Option<Ring> {
+    Ring::new(name)
+        .inspect_err(|error| tracing::info!("disk {name}: io_uring cannot be used, I/O threads are: {error}"))
+        .ok()
+}
+
+impl Workers {
+    /// Does a request, or has it done.
+    fn start(workers: &Arc<Self>, job: Job) {
+        if let Some(job) = workers.shared.at_once(job)
+            && let Some(job) = Workers::try_ring(workers, job)
+        {
+            workers.queue(job);
+        }
+    }
+
+    /// Has an I/O thread do a request.
+    fn queue(&self, job: Job) {
+        let shared = self.shared.clone();
+        self.pool.push(Box::new(move || shared.run(job)));
+    }
+
+    /// Gives a request to the ring, if it can take it.
+    fn try_ring(workers: &Arc<Self>, mut job: Job) -> Option<Job> {
+        let Some(ring) = &workers.ring else { return Some(job) };
+        let Request { operation, offset, .. } = job.request;
+        let (write, stable) = match operation {
+            Operation::Read => (false, false),
+            Operation::Write { fua } => (true, fua || workers.shared.options.cache.writethrough()),
+            _ => return Some(job),
+        };
+        let mut access = None;
+        let found = workers.shared.with_buffers(&mut job.request, false, |buffers| {
+            if let Some(file) = workers.shared.image.direct(write, offset, buffers) {
+                let vector = |buffer: &VolatileSlice<'_>| libc::iovec {
+                    iov_base: buffer.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: buffer.len(),
+                };
+                access = Some(Access {
+                    file,
+                    write,
+                    stable,
+                    offset,
+                    vectors: buffers.iter().map(vector).collect(),
+                });
+            }
+            Ok(())
+        });
+        let Some(access) = access.filter(|_| found.is_ok()) else { return Some(job) };
+        // The job is where both ends find it: the ring if it takes the access, we if not.
+        let place = Arc::new(Mutex::new(Some(job)));
+        let take = |place: &Mutex<Option<Job>>| place.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (of_ring, kept) = (place.clone(), workers.clone());
+        let ended = Box::new(move |complete| {
+            let Some(job) = take(&of_ring) else { return };
+            if complete {
+                if !write {
+                    kept.shared.mark_filled(&job.request);
+                }
+                kept.shared.finish(job, Ok(()));
+            } else {
+                kept.queue(job);
+            }
+        });
+        // SAFETY: the file is the image's, and the buffers are guest memory or the job's own, whose place on the heap does not change;
+        // `ended` keeps all three, as `kept` and `of_ring`.
+        match unsafe { ring.submit(access, ended) } {
+            Ok(()) => None,
+            Err(_not_taken) => take(&place),
+        }
     }
 }
 
@@ -312,6 +453,14 @@ impl Shared {
         Ok(result?)
     }
 
+    /// Notes that the buffers in guest memory have been written.
+    fn mark_filled(&self, request: &Request) {
+        let Buffers::Guest(spans) = &request.buffers else { return };
+        for slice in spans.iter().flat_map(|span| self.memory.get_slices(span.address, span.len)).flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+    }
+
     fn finish(&self, job: Job, result: Result<(), IoError>) {
         let Job { request: Request { operation, len, buffers, done, .. }, started } = job;
         self.stats.count(operation, len, started.elapsed(), result.is_err());
@@ -324,3 +473,6 @@ impl Shared {
         self.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests;

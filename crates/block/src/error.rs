@@ -51,8 +51,40 @@ pub enum OpenError {
         /// The host's answer.
         source: io::Error,
     },
+    /// There is no such file.
+    #[error("disk image {path} does not exist; make one, for example with truncate -s 10G {path}")]
+    Missing {
+        /// Which.
+        path: PathBuf,
+    },
+    /// The host does not let us read it.
+    #[error(
+        "disk image {path} cannot be read: {source}; give this user the right to, or run as one that has it"
+    )]
+    NotReadable {
+        /// Which.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The page cache cannot be passed by.
+    #[error(
+        "disk image {path} is on a file system that cannot pass by the host's cache (O_DIRECT); leave out nocache and direct"
+    )]
+    NoDirect {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Something that an image refers to could not be opened.
+    #[error("disk image {path} needs another: {source}")]
+    Reference {
+        /// Which.
+        path: PathBuf,
+        /// What went wrong with the other.
+        source: Box<OpenError>,
+    },
     /// Neither a file nor a block device.
-    #[error("disk image {path} is {what}, not a file or a block device")]
+    #[error("disk image {path} is {what}, not a file or a block device; give the path of one")]
     Kind {
         /// Which.
         path: PathBuf,
@@ -76,7 +108,9 @@ pub enum OpenError {
         source: io::Error,
     },
     /// A part of a sector at the end.
-    #[error("disk image {path} has {size} bytes, which is not a multiple of the sector size {sector}")]
+    #[error(
+        "disk image {path} has {size} bytes, which is not a multiple of the sector size {sector}; round it up with truncate -s %{sector} {path}"
+    )]
     PartSector {
         /// Which.
         path: PathBuf,
@@ -86,7 +120,9 @@ pub enum OpenError {
         sector: u32,
     },
     /// Somebody else uses it.
-    #[error("disk image {path} is in use by another process{by}; two writers would destroy it")]
+    #[error(
+        "disk image {path} is in use{by}; two writers would destroy it: end the other, or attach it with the option ro to both"
+    )]
     Locked {
         /// Which.
         path: PathBuf,

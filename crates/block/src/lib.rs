@@ -15,15 +15,22 @@
 pub mod disk;
 pub mod error;
 pub mod image;
-mod open;
+mod lock;
+pub mod open;
 pub mod options;
 mod pool;
 pub mod request;
+mod ring;
 pub mod stats;
+#[cfg(test)]
+mod testing;
+pub mod throttle;
 
 pub use disk::{Disk, DiskInfo, TroubleSink};
 pub use error::{IoError, OpenError};
-pub use image::Image;
-pub use options::{CacheMode, DiskOptions, ErrorPolicy, SectorSize, Source};
+pub use image::{Image, Snapshot, SnapshotChange};
+pub use open::open_image;
+pub use options::{CacheMode, DiskOptions, ErrorPolicy, Format, SectorSize, Source};
 pub use request::{Buffers, Operation, Request, Span};
 pub use stats::{DiskStats, Histogram};
+pub use throttle::{Limit, Limits, Rate};

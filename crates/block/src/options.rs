@@ -9,6 +9,40 @@ pub enum Source {
     Path(PathBuf),
     /// Memory of the host, this many bytes, gone when the machine ends.
     Ram(u64),
+    /// A disk that an NBD server exports: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`.
+    Nbd(String),
+}
+
+/// What the bytes of an image mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Nothing: they are the disk.
+    Raw,
+    /// QEMU's.
+    Qcow2,
+    /// VMware's: a descriptor with flat extents, or a sparse extent.
+    Vmdk,
+    /// Hyper-V's.
+    Vhdx,
+}
+
+impl Format {
+    /// What it is called on command lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Vmdk => "vmdk",
+            Format::Vhdx => "vhdx",
+        }
+    }
+
+    /// The format of this name.
+    pub fn from_name(name: &str) -> Option<Format> {
+        [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Vhdx]
+            .into_iter()
+            .find(|format| format.name() == name)
+    }
 }
 
 /// Logical and physical sector size in bytes, each a power of two from 512 on.
@@ -64,6 +98,8 @@ pub struct DiskOptions {
     pub source: Source,
     /// What the threads are called and errors are told of: `disk` and this, at most ten characters.
     pub name: String,
+    /// Of an image at a path; looked for in its first bytes if not given ([`crate::open`]).
+    pub format: Option<Format>,
     /// May not be written.
     pub read_only: bool,
     /// The host's caches.
@@ -84,6 +120,7 @@ impl DiskOptions {
         DiskOptions {
             source,
             name: "disk".into(),
+            format: None,
             read_only: false,
             cache: CacheMode::Writeback,
             discard: true,
@@ -98,6 +135,7 @@ impl DiskOptions {
         match &self.source {
             Source::Path(path) => path.clone(),
             Source::Ram(bytes) => PathBuf::from(format!("ram={bytes}")),
+            Source::Nbd(url) => PathBuf::from(url),
         }
     }
 }

@@ -1,7 +1,11 @@
 //! Image formats.
 
+pub mod nbd;
+pub(crate) mod probe;
+pub mod qcow2;
 pub mod raw;
 
+use std::fs::File;
 use std::io;
 
 use vm_memory::VolatileSlice;
@@ -72,12 +76,136 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// The host's.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+
+    /// Whether the kernel can make accesses as they are, past the page cache ([`Image::direct`]).
+    fn is_direct(&self) -> bool {
+        false
+    }
+
+    /// The file in which the kernel can make this access as it is, at the same offset, if it can.
+    fn direct(&self, _write: bool, _offset: u64, _buffers: &[VolatileSlice<'_>]) -> Option<&File> {
+        None
+    }
+
+    /// Makes all stable, and leaves the image as somebody else may open it. It may be used again afterwards.
+    ///
+    /// # Errors
+    /// The host's.
+    fn close(&self) -> io::Result<()> {
+        self.flush()
+    }
+
+    /// Gives the disk another size in bytes. What is new reads as zeros.
+    ///
+    /// # Errors
+    /// The host's; [`io::ErrorKind::Unsupported`] if the format cannot.
+    fn resize(&self, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The snapshots that are within the image.
+    ///
+    /// # Errors
+    /// The host's, or the image's; [`io::ErrorKind::Unsupported`] if the format knows none.
+    fn snapshots(&self) -> io::Result<Vec<Snapshot>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Makes, applies or deletes a snapshot within the image. Everything else waits meanwhile.
+    ///
+    /// # Errors
+    /// As [`Image::snapshots`]; there is no such snapshot, or there is one.
+    fn change_snapshots(&self, _change: SnapshotChange<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A snapshot within an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Unique in the image; QEMU uses numbers.
+    pub id: String,
+    /// What it is called.
+    pub name: String,
+    /// When it was made, in seconds and nanoseconds since 1970.
+    pub date: (u32, u32),
+    /// Bytes of the disk at that time, if that is known.
+    pub size: Option<u64>,
+    /// Bytes of a machine's state that QEMU has saved with it.
+    pub machine_state: u64,
+}
+
+/// What is to be done about the snapshots within an image. A snapshot is found by its name, or by its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotChange<'a> {
+    /// Makes a snapshot of this name of the disk as it is, dated in seconds and nanoseconds since 1970.
+    Create(&'a str, (u32, u32)),
+    /// Makes the disk what it was; what has been written since, and is in no other snapshot, is lost.
+    Apply(&'a str),
+    /// Forgets it.
+    Delete(&'a str),
+}
+
+/// Makes a buffer all zeros.
+fn fill_zero(buffer: &VolatileSlice<'_>) {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let mut done = 0;
+    while done < buffer.len() {
+        let now = ZEROS.len().min(buffer.len() - done);
+        if let Ok(part) = buffer.subslice(done, now) {
+            part.copy_from(&ZEROS[..now]);
+        }
+        done += now;
+    }
+}
+
+/// How far an access has come in its buffers.
+pub(crate) struct Place<'a, 'b> {
+    buffers: &'a [VolatileSlice<'b>],
+    /// Bytes of the first buffer that are done.
+    within: usize,
+}
+
+impl<'a, 'b> Place<'a, 'b> {
+    pub fn new(buffers: &'a [VolatileSlice<'b>]) -> Self {
+        Place { buffers, within: 0 }
+    }
+
+    /// Copies to the next `from.len()` bytes of the buffers.
+    pub fn fill(&mut self, from: &[u8]) {
+        self.each(from.len(), |buffer, range| {
+            buffer.copy_from(&from[range]);
+        });
+    }
+
+    /// Copies from the next `to.len()` bytes of the buffers.
+    pub fn take(&mut self, to: &mut [u8]) {
+        self.each(to.len(), |buffer, range| {
+            buffer.copy_to(&mut to[range]);
+        });
+    }
+
+    fn each(&mut self, len: usize, mut copy: impl FnMut(VolatileSlice<'b>, std::ops::Range<usize>)) {
+        let mut done = 0;
+        while let Some(first) = self.buffers.first().filter(|_| done < len) {
+            let now = (len - done).min(first.len() - self.within);
+            if let Ok(part) = first.subslice(self.within, now) {
+                copy(part, done..done + now);
+            }
+            done += now;
+            self.within += now;
+            if self.within == first.len() {
+                self.buffers = &self.buffers[1..];
+                self.within = 0;
+            }
+        }
+    }
 }
 
 /// Writes zeros the slow way, for hosts that know no other.
 fn write_zero_bytes(image: &dyn Image, offset: u64, len: u64) -> io::Result<()> {
     const PIECE: usize = 256 << 10;
-    let mut zeros = vec![0u8; PIECE.min(len as usize)];
+    let mut zeros = vec![0u8; PIECE.min(usize::try_from(len).unwrap_or(PIECE))];
     let mut done = 0;
     while done < len {
         let piece = (len - done).min(PIECE as u64) as usize;

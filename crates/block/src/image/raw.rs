@@ -9,11 +9,13 @@ use std::sync::{PoisonError, RwLock};
 use rustix::fs::FallocateFlags;
 use vm_memory::VolatileSlice;
 
-use super::{AtOnce, Image, write_zero_bytes};
+use super::{AtOnce, Image, Place, write_zero_bytes};
 use crate::CacheMode;
 
 /// The most buffers of one preadv(2) (`IOV_MAX`).
 const MAX_VECTORS: usize = 1024;
+/// The most aligned memory for one piece of an unaligned access.
+const BOUNCE_BYTES: usize = 1 << 20;
 /// File systems in memory (statfs(2)): tmpfs, ramfs, hugetlbfs.
 const MEMORY_FILE_SYSTEMS: [i64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
 
@@ -23,10 +25,22 @@ pub struct RawImage {
     file: File,
     block_device: bool,
     at_once: AtOnce,
-    /// What addresses, offsets and lengths must be multiples of with O_DIRECT; 1 without.
-    alignment: usize,
+    alignment: Alignment,
     /// Who writes part of an aligned block holds it alone.
     partial: RwLock<()>,
+}
+
+/// What must be multiples of what with O_DIRECT, in bytes, powers of two; without, everything is a multiple of 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Alignment {
+    /// Addresses of buffers.
+    pub memory: usize,
+    /// Offsets in the file and lengths of buffers.
+    pub offset: usize,
+}
+
+impl Alignment {
+    const NONE: Alignment = Alignment { memory: 1, offset: 1 };
 }
 
 /// Which way the data goes.
@@ -43,8 +57,8 @@ impl RawImage {
     /// The host cannot tell what the file is.
     pub fn new(file: File, cache: CacheMode) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
-        let in_memory = MEMORY_FILE_SYSTEMS.contains(&rustix::fs::fstatfs(&file)?.f_type);
-        let alignment = if cache.direct() { direct_alignment(&file)? } else { 1 };
+        let in_memory = is_in_memory(&file)?;
+        let alignment = if cache.direct() { direct_alignment(&file)? } else { Alignment::NONE };
         let at_once = match (in_memory, cache.direct()) {
             (true, _) if kind.is_file() => AtOnce::Always,
             (false, false) => AtOnce::CachedReads,
@@ -116,21 +130,24 @@ impl RawImage {
     }
 
     fn is_aligned(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> bool {
-        let mask = self.alignment - 1;
-        let unaligned = |b: &VolatileSlice<'_>| (b.ptr_guard().as_ptr() as usize | b.len()) & mask != 0;
-        self.alignment == 1 || offset as usize & mask == 0 && !buffers.iter().any(unaligned)
+        let Alignment { memory, offset: block } = self.alignment;
+        let unaligned = |b: &VolatileSlice<'_>| {
+            b.ptr_guard().as_ptr() as usize & (memory - 1) != 0 || b.len() & (block - 1) != 0
+        };
+        self.alignment == Alignment::NONE
+            || offset as usize & (block - 1) == 0 && !buffers.iter().any(unaligned)
     }
 
     /// A read that O_DIRECT does not take as it is: through aligned memory.
     fn read_bounced(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
-        let (mut bounce, skip) = self.bounce(offset, buffers)?;
-        self.read_block(offset - skip as u64, &mut bounce)?;
-        let mut from = &bounce.bytes()[skip..];
-        for buffer in buffers {
-            buffer.copy_from(&from[..buffer.len()]);
-            from = &from[buffer.len()..];
-        }
-        Ok(())
+        let mut place = Place::new(buffers);
+        self.bounced(offset, buffers, |start, skip, len, bounce| {
+            if self.read_block(start, bounce)? < skip + len {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            place.fill(&bounce.bytes()[skip..skip + len]);
+            Ok(())
+        })
     }
 
     /// A write that O_DIRECT does not take as it is: what is around it in the first and last block is read first.
@@ -140,38 +157,104 @@ impl RawImage {
         buffers: &[VolatileSlice<'_>],
         flags: libc::c_int,
     ) -> io::Result<()> {
-        let (mut bounce, skip) = self.bounce(offset, buffers)?;
-        let len: usize = buffers.iter().map(VolatileSlice::len).sum();
-        let start = offset - skip as u64;
-        let whole = skip == 0 && len == bounce.len;
-        let _alone = (!whole).then(|| self.partial.write().unwrap_or_else(PoisonError::into_inner));
-        if !whole {
-            self.read_block(start, &mut bounce)?;
-        }
-        let mut to = &mut bounce.bytes_mut()[skip..];
-        for buffer in buffers {
-            buffer.copy_to(&mut to[..buffer.len()]);
-            to = &mut to[buffer.len()..];
-        }
-        // An image may end within a block; what is behind its end is not written.
-        let end = self.size().saturating_sub(start).min(bounce.len as u64) as usize;
-        self.transfer(Direction::Write, start, &[VolatileSlice::from(&mut bounce.bytes_mut()[..end])], flags)
+        let mut place = Place::new(buffers);
+        self.bounced(offset, buffers, |start, skip, len, bounce| {
+            let whole = skip == 0 && len == bounce.len;
+            let _alone = (!whole).then(|| self.partial.write().unwrap_or_else(PoisonError::into_inner));
+            let _with_others = whole.then(|| self.partial.read().unwrap_or_else(PoisonError::into_inner));
+            if !whole {
+                self.read_block(start, bounce)?;
+            }
+            place.take(&mut bounce.bytes_mut()[skip..skip + len]);
+            // An image may end within a block. What is behind its end cannot be written with O_DIRECT without making it longer.
+            let end = self.size().max(start + (skip + len) as u64);
+            self.transfer(Direction::Write, start, &[VolatileSlice::from(bounce.bytes_mut())], flags)?;
+            if self.block_device || start + bounce.len as u64 <= end {
+                Ok(())
+            } else {
+                self.file.set_len(end)
+            }
+        })
     }
 
-    /// Aligned memory for a range, and how far into it the range begins.
-    fn bounce(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<(AlignedMemory, usize)> {
-        let skip = offset as usize & (self.alignment - 1);
+    /// Has `piece` do a range in aligned pieces: told the offset of the piece, how far into it the range begins, how much of it is the
+    /// range's, and the memory for it.
+    fn bounced(
+        &self,
+        offset: u64,
+        buffers: &[VolatileSlice<'_>],
+        mut piece: impl FnMut(u64, usize, usize, &mut AlignedMemory) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let block = self.alignment.offset;
         let len: usize = buffers.iter().map(VolatileSlice::len).sum();
-        Ok((AlignedMemory::new((skip + len).next_multiple_of(self.alignment), self.alignment)?, skip))
+        let mut skip = offset as usize & (block - 1);
+        let mut start = offset - skip as u64;
+        let mut left = len;
+        while left > 0 {
+            let most = BOUNCE_BYTES.next_multiple_of(block) - skip;
+            let now = left.min(most);
+            let mut bounce = AlignedMemory::new((skip + now).next_multiple_of(block), self.alignment.memory)?;
+            piece(start, skip, now, &mut bounce)?;
+            start += (skip + now) as u64;
+            left -= now;
+            skip = 0;
+        }
+        Ok(())
     }
 
-    /// Fills aligned memory from an aligned offset; beyond the end of the image it is left alone.
-    fn read_block(&self, offset: u64, memory: &mut AlignedMemory) -> io::Result<()> {
+    /// Fills aligned memory from an aligned offset; beyond the end of the image it is left alone. Returns how much is there.
+    fn read_block(&self, offset: u64, memory: &mut AlignedMemory) -> io::Result<usize> {
         let len = memory.len;
         match self.transfer(Direction::Read, offset, &[VolatileSlice::from(memory.bytes_mut())], 0) {
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof && offset + len as u64 > self.size() => Ok(()),
-            other => other,
+            Ok(()) => Ok(len),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Ok(self.size().saturating_sub(offset).min(len as u64) as usize)
+            }
+            Err(error) => Err(error),
         }
+    }
+
+    /// The file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// What O_DIRECT wants.
+    pub(crate) fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    /// Fills `bytes` from `offset`; what is beyond the end of the file reads as zeros. For formats.
+    pub(crate) fn read_bytes(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.read_or_zero(offset, &[VolatileSlice::from(bytes)])
+    }
+
+    /// As [`Image::read`], but what is beyond the end of the file reads as zeros. For formats.
+    pub(crate) fn read_or_zero(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
+        let len: usize = buffers.iter().map(VolatileSlice::len).sum();
+        let there = self.size().saturating_sub(offset);
+        if len as u64 <= there {
+            return self.read(offset, buffers);
+        }
+        let mut left = there as usize;
+        let mut inside = Vec::with_capacity(buffers.len());
+        for buffer in buffers {
+            let here = left.min(buffer.len());
+            let (data, rest) = buffer.split_at(here).map_err(io::Error::other)?;
+            if here > 0 {
+                inside.push(data);
+            }
+            super::fill_zero(&rest);
+            left -= here;
+        }
+        self.read(offset, &inside)
+    }
+
+    /// Writes `bytes`, making the file longer if need be. For formats.
+    pub(crate) fn write_bytes(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: the slice is only read from, by `write`, and lives through the call.
+        let slice = unsafe { VolatileSlice::new(bytes.as_ptr().cast_mut(), bytes.len()) };
+        self.write(offset, &[slice], false)
     }
 
     /// `BLKDISCARD` or `BLKZEROOUT` (linux/fs.h): a range of a block device.
@@ -231,8 +314,8 @@ impl Image for RawImage {
         if !self.is_aligned(offset, buffers) {
             return self.write_bounced(offset, buffers, flags);
         }
-        let _with_others =
-            (self.alignment > 1).then(|| self.partial.read().unwrap_or_else(PoisonError::into_inner));
+        let _with_others = (self.alignment != Alignment::NONE)
+            .then(|| self.partial.read().unwrap_or_else(PoisonError::into_inner));
         self.transfer(Direction::Write, offset, buffers, flags)
     }
 
@@ -275,6 +358,25 @@ impl Image for RawImage {
         }
         write_zero_bytes(self, offset, len)
     }
+
+    fn is_direct(&self) -> bool {
+        self.alignment != Alignment::NONE
+    }
+
+    fn direct(&self, write: bool, offset: u64, buffers: &[VolatileSlice<'_>]) -> Option<&File> {
+        // Where a sector can be part of a block, who writes a part must have the block alone, which needs a thread.
+        let by_parts = self.alignment.offset > 512;
+        (self.is_direct() && !(write && by_parts) && self.is_aligned(offset, buffers)).then_some(&self.file)
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        if self.block_device { Err(io::ErrorKind::Unsupported.into()) } else { self.file.set_len(len) }
+    }
+}
+
+/// Whether a file is on a file system in memory.
+pub(crate) fn is_in_memory(file: &File) -> io::Result<bool> {
+    Ok(MEMORY_FILE_SYSTEMS.contains(&rustix::fs::fstatfs(file)?.f_type))
 }
 
 fn unsupported() -> io::Error {
@@ -302,7 +404,7 @@ fn advance(mut vectors: &mut [libc::iovec], mut count: usize) -> &mut [libc::iov
 }
 
 /// What O_DIRECT wants of this file (statx(2), `STATX_DIOALIGN`), in bytes.
-fn direct_alignment(file: &File) -> io::Result<usize> {
+fn direct_alignment(file: &File) -> io::Result<Alignment> {
     /// Enough for every disk there is, where the kernel does not say.
     const ASSUMED: u32 = 4096;
     let flags = rustix::fs::AtFlags::EMPTY_PATH;
@@ -316,8 +418,12 @@ fn direct_alignment(file: &File) -> io::Result<usize> {
         return Err(io::Error::last_os_error());
     }
     let known = info.stx_mask & libc::STATX_DIOALIGN != 0 && info.stx_dio_offset_align > 0;
-    let alignment = if known { info.stx_dio_mem_align.max(info.stx_dio_offset_align) } else { ASSUMED };
-    Ok(alignment.next_power_of_two() as usize)
+    let power = |bytes: u32| bytes.max(1).next_power_of_two() as usize;
+    Ok(if known {
+        Alignment { memory: power(info.stx_dio_mem_align), offset: power(info.stx_dio_offset_align) }
+    } else {
+        Alignment { memory: power(ASSUMED), offset: power(ASSUMED) }
+    })
 }
 
 /// Memory at a multiple of its alignment.
@@ -344,3 +450,6 @@ impl AlignedMemory {
         &mut self.storage[self.start..self.start + self.len]
     }
 }
+
+#[cfg(test)]
+mod tests;
