@@ -10,7 +10,9 @@ use crate::cli::ArgumentError;
 use crate::error::nearest;
 use crate::lpc::{SerialBackend, checked};
 use crate::tree::Tree;
-use crate::value::{MacAddr, SectorSize, ValueError, parse_bool, parse_integer, parse_socket_address};
+use crate::value::{
+    MacAddr, SectorSize, ValueError, parse_bool, parse_integer, parse_size, parse_socket_address,
+};
 
 /// Where a device sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -147,6 +149,9 @@ pub struct PciDevice {
 }
 
 const BLOCK: &[&str] = &["path", "nocache", "nodelete", "sync", "direct", "ro", "sectorsize", "bootindex"];
+/// What Apiary adds to each disk: see `docs/disks.md`.
+const DISK: &[&str] =
+    &["format", "cache", "rerror", "werror", "iops", "riops", "wiops", "bps", "rbps", "wbps"];
 const DRIVE: &[&str] = &["nmrr", "ser", "rev", "model"];
 const NETWORK: &[&str] =
     &["backend", "type", "mac", "mtu", "path", "peerhook", "socket", "hook", "hostfwd", "bootindex"];
@@ -174,7 +179,7 @@ pub const DEVICES: &[PciDevice] = &[
         model: "ahci",
         summary: "SATA controller with any number of drives up to 32",
         form: "hd:|cd:PATH[,DRIVE OPTIONS AS ahci-hd][,hd:|cd:PATH...]",
-        options: &[BLOCK, DRIVE, &["type"]],
+        options: &[BLOCK, DISK, DRIVE, &["type"]],
         grammar: Grammar::AhciPorts,
     },
     PciDevice {
@@ -182,7 +187,7 @@ pub const DEVICES: &[PciDevice] = &[
         model: "ahci",
         summary: "SATA controller with one CD/DVD drive",
         form: DRIVE_FORM,
-        options: &[BLOCK, DRIVE, &["type"]],
+        options: &[BLOCK, DISK, DRIVE, &["type"]],
         grammar: Grammar::AhciDrive("cd"),
     },
     PciDevice {
@@ -190,7 +195,7 @@ pub const DEVICES: &[PciDevice] = &[
         model: "ahci",
         summary: "SATA controller with one hard disk",
         form: DRIVE_FORM,
-        options: &[BLOCK, DRIVE, &["type"]],
+        options: &[BLOCK, DISK, DRIVE, &["type"]],
         grammar: Grammar::AhciDrive("hd"),
     },
     PciDevice {
@@ -246,7 +251,7 @@ pub const DEVICES: &[PciDevice] = &[
         model: "nvme",
         summary: "NVM Express controller",
         form: "PATH|ram=MIB[,maxq=N][,qsz=N][,ioslots=N][,sectsz=N][,ser=SERIAL][,eui64=N][,dsm=auto|enable|disable]",
-        options: &[BLOCK, &["maxq", "qsz", "ioslots", "sectsz", "ser", "eui64", "dsm", "ram"]],
+        options: &[BLOCK, DISK, &["maxq", "qsz", "ioslots", "sectsz", "ser", "eui64", "dsm", "ram"]],
         grammar: Grammar::First("path"),
     },
     PciDevice {
@@ -278,7 +283,7 @@ pub const DEVICES: &[PciDevice] = &[
         model: "virtio-blk",
         summary: "block device",
         form: BLOCK_FORM,
-        options: &[BLOCK, &["ser"]],
+        options: &[BLOCK, DISK, &["ser", "queues"]],
         grammar: Grammar::First("path"),
     },
     PciDevice {
@@ -618,12 +623,36 @@ fn check_option(name: &str, value: &str) -> Result<(), ValueError> {
         "maxq" | "qsz" | "ioslots" | "ram" => number(1, i32::MAX.into()),
         "sectorsize" => value.parse::<SectorSize>().map(drop),
         "sectsz" => word(&["512", "4096", "8192"], "512, 4096, 8192"),
+        "format" => word(&["raw", "qcow2", "vmdk", "vhdx"], "raw, qcow2, vmdk, vhdx"),
+        "cache" => word(
+            &["writeback", "none", "writethrough", "directsync"],
+            "writeback, none, writethrough, directsync",
+        ),
+        "rerror" | "werror" => word(&["stop", "report", "ignore"], "stop, report, ignore"),
+        "queues" => number(1, 64),
+        "iops" | "riops" | "wiops" | "bps" | "rbps" | "wbps" => limit(value).map(drop),
         "dsm" => word(&["auto", "enable", "disable"], "auto, enable, disable"),
         "vga" => word(&["io", "on", "off"], "io, on, off"),
         "ser" => at_most(20),
         "rev" => at_most(8),
         "model" => at_most(40),
         _ => Ok(()),
+    }
+}
+
+/// A limit of a disk: so much per second, and how much at once after a time of rest: `RATE[/BURST]`, each with an optional suffix as
+/// in expand_number(3).
+///
+/// # Errors
+/// Not a number, or zero.
+pub fn limit(text: &str) -> Result<(u64, Option<u64>), ValueError> {
+    let size = |text: &str| match parse_size(text)? {
+        0 => Err(ValueError::OutOfRange { value: text.to_owned(), min: 1, max: i64::MAX }),
+        size => Ok(size),
+    };
+    match text.split_once('/') {
+        None => Ok((size(text)?, None)),
+        Some((rate, burst)) => Ok((size(rate)?, Some(size(burst)?))),
     }
 }
 

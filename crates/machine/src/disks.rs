@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use block::{CacheMode, Disk, DiskOptions, ErrorPolicy, IoError, Source, TroubleSink};
+use block::{
+    CacheMode, Disk, DiskOptions, ErrorPolicy, Format, IoError, Limit, Limits, Rate, Source, TroubleSink,
+};
 use config::{Node, SettingError, ValueError};
 use engine::GuestMemory;
 
@@ -60,15 +62,10 @@ impl Disks {
     /// # Errors
     /// A variable has an impossible value, or the image cannot be used.
     pub fn open(&self, name: &str, node: &Node<'_>, memory: &GuestMemory) -> Result<Arc<Disk>, MachineError> {
-        self.open_with(options(name, node)?, memory)
-    }
-
-    /// Opens a disk.
-    ///
-    /// # Errors
-    /// The image cannot be used.
-    pub fn open_with(&self, options: DiskOptions, memory: &GuestMemory) -> Result<Arc<Disk>, MachineError> {
+        let (options, limits) = (options(name, node)?, limits(node)?);
         let disk = Arc::new(Disk::open(options, memory.clone(), self.troubles.clone())?);
+        disk.set_limits(limits)
+            .map_err(MachineError::host("starting the thread that keeps a disk's limits"))?;
         self.open.lock().unwrap_or_else(PoisonError::into_inner).push(disk.clone());
         Ok(disk)
     }
@@ -176,9 +173,17 @@ impl Drop for Watch {
     }
 }
 
-/// A disk's options from its variables (bhyve_config(5), "Block Device Settings"). Apiary's own are `cache`, `rerror` and `werror`.
-pub(crate) fn options(name: &str, node: &Node<'_>) -> Result<DiskOptions, SettingError> {
-    let mut options = DiskOptions::new(Source::Path(node.required("path")?.into()));
+/// A disk's options from its variables (bhyve_config(5), "Block Device Settings"). Apiary's own are `format`, `cache`, `rerror`
+/// and `werror`.
+fn options(name: &str, node: &Node<'_>) -> Result<DiskOptions, SettingError> {
+    let path = node.required("path")?;
+    let source = if path.starts_with("nbd://") || path.starts_with("nbd+unix://") {
+        Source::Nbd(path)
+    } else {
+        Source::Path(path.into())
+    };
+    let mut options = DiskOptions::new(source);
+    options.format = node.convert("format", format)?;
     options.name = name.to_owned();
     options.read_only = node.boolean("ro", false)?;
     options.discard = !node.boolean("nodelete", false)?;
@@ -196,6 +201,27 @@ pub(crate) fn options(name: &str, node: &Node<'_>) -> Result<DiskOptions, Settin
     options.read_errors = node.convert("rerror", error_policy)?.unwrap_or_default();
     options.write_errors = node.convert("werror", error_policy)?.unwrap_or_default();
     Ok(options)
+}
+
+/// A disk's limits, each by operations or bytes per second.
+fn limits(node: &Node<'_>) -> Result<Limits, SettingError> {
+    let rate = |name: &str| -> Result<Option<Rate>, SettingError> {
+        let limit = node.convert(name, config::pci::limit)?;
+        Ok(limit.map(|(per_second, burst)| match burst {
+            Some(burst) => Rate { per_second, burst },
+            None => Rate::new(per_second),
+        }))
+    };
+    Ok(Limits {
+        read: Limit { operations: rate("riops")?, bytes: rate("rbps")? },
+        write: Limit { operations: rate("wiops")?, bytes: rate("wbps")? },
+        total: Limit { operations: rate("iops")?, bytes: rate("bps")? },
+    })
+}
+
+fn format(text: &str) -> Result<Format, ValueError> {
+    Format::from_name(text)
+        .ok_or_else(|| ValueError::Word { value: text.to_owned(), accepted: "raw, qcow2, vmdk, vhdx" })
 }
 
 fn cache_mode(text: &str) -> Result<CacheMode, ValueError> {
