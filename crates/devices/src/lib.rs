@@ -10,6 +10,7 @@ pub mod bus;
 pub mod chipset;
 pub mod host;
 pub mod irq;
+pub mod nvme;
 pub mod pci;
 pub mod snapshot;
 pub mod uart;

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Weak};
 
+use block::SectorSize;
 use config::settings::PciSlot;
 use config::{PciAddress, SerialBackend, Tree, VmSettings};
 use console::Console;
@@ -17,6 +18,7 @@ use devices::chipset::reset::{ResetControl, SystemControlPortA};
 use devices::chipset::rtc::{RTC_IRQ, Rtc, RtcConfig};
 use devices::host::{Alarm, IrqLine, MsiSink, OnAlarm};
 use devices::irq::{SharedLine, Unconnected};
+use devices::nvme::{self, Nvme, NvmeConfig};
 use devices::pci::config::ConfigError;
 use devices::pci::pirq::{PIRQ_GSI_BASE, PIRQS};
 use devices::pci::{
@@ -29,6 +31,7 @@ use engine::{Gsi, GuestMemory, IOAPIC_PINS, MsiMessage, Vm};
 
 use crate::clock::Timers;
 use crate::disks::{self, Disks};
+use crate::hash::fnv1a;
 use crate::lifecycle::{Ending, Lifecycle};
 use crate::{Board, MachineError};
 
@@ -48,7 +51,7 @@ type Builder = fn(&Context<'_>, &PciSlot) -> Result<Arc<dyn PciDevice>, MachineE
 
 /// The PCI devices of this build by the value of their `device` variable. A new device is one line here.
 const PCI_DEVICES: &[(&str, Builder)] =
-    &[("hostbridge", host_bridge), ("lpc", lpc_bridge), ("virtio-blk", virtio_blk)];
+    &[("hostbridge", host_bridge), ("lpc", lpc_bridge), ("nvme", nvme), ("virtio-blk", virtio_blk)];
 
 fn host_bridge(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
     let default = HostBridge::identity(devices::pci::hostbridge::DEFAULT_IDS);
@@ -61,9 +64,53 @@ fn pci_config(slot: &PciSlot) -> impl Fn(ConfigError) -> MachineError {
     move |source| MachineError::PciConfig { device: device.clone(), source }
 }
 
+fn nvme(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
+    let node = context.tree.node(&slot.node);
+    let number = |name: &str, most: i64, default: u16| -> Result<u16, MachineError> {
+        Ok(node.integer(name, 1..=most)?.and_then(|value| u16::try_from(value).ok()).unwrap_or(default))
+    };
+    let block = node.integer("sectsz", 512..=8192)?.and_then(|size| u32::try_from(size).ok());
+    let disk = context.disks.open(&slot.address.to_string(), &node, context.memory, |options| {
+        if let Some(logical) = block {
+            options.sectors = Some(SectorSize { logical, physical: logical.max(4096) });
+        }
+    })?;
+    let serial = match node.string("ser")? {
+        Some(serial) => serial,
+        None => disks::serial("NVME", &node)?,
+    };
+    let info = disk.info();
+    let config = NvmeConfig {
+        max_queues: number("maxq", nvme::MAX_QUEUES.into(), 16)?,
+        // A queue of one entry would always be both full and empty.
+        queue_size: number("qsz", 4096, 2048)?.max(2),
+        io_slots: number("ioslots", i64::from(u16::MAX), 64)?,
+        block_bytes: info.sectors.logical,
+        eui64: match node.integer("eui64", 0..=i64::MAX)? {
+            Some(eui64) => eui64 as u64,
+            None => nvme_eui64(&serial),
+        },
+        serial,
+        dataset_management: match node.string("dsm")?.as_deref() {
+            Some("enable") => true,
+            Some("disable") => false,
+            _ => info.discard,
+        },
+    };
+    let identity = identity(context.tree, &slot.node, nvme::IDENTITY)?;
+    Ok(Nvme::new(disk, context.memory.clone(), identity, config).map_err(pci_config(slot))?)
+}
+
+/// An identifier of a namespace that has been given none: its vendor part is the one of bhyve's (FreeBSD's OUI), the rest made of
+/// the serial number.
+fn nvme_eui64(serial: &str) -> u64 {
+    const OUI: u64 = 0x58_9c_fc;
+    OUI << 40 | (fnv1a(serial.bytes()) as u64) & 0xff_ffff_ffff
+}
+
 fn virtio_blk(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
     let node = context.tree.node(&slot.node);
-    let disk = context.disks.open(&slot.address.to_string(), &node, context.memory)?;
+    let disk = context.disks.open(&slot.address.to_string(), &node, context.memory, |_| ())?;
     // A queue for each processor, so that none waits for another.
     let most = i64::from(context.settings.topology.vcpus()).min(MAX_BLK_QUEUES);
     let queues = node.integer("queues", 1..=MAX_BLK_QUEUES)?.unwrap_or(most);

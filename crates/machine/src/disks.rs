@@ -19,6 +19,9 @@ use crate::lifecycle::Lifecycle;
 /// How often a machine that waits for space looks whether there is some.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The largest disk in memory (`ram=`), in MiB: 16 TiB.
+const MAX_RAM_MIB: i64 = 16 << 20;
+
 /// What a disk has met.
 struct Trouble {
     disk: String,
@@ -61,8 +64,16 @@ impl Disks {
     ///
     /// # Errors
     /// A variable has an impossible value, or the image cannot be used.
-    pub fn open(&self, name: &str, node: &Node<'_>, memory: &GuestMemory) -> Result<Arc<Disk>, MachineError> {
-        let (options, limits) = (options(name, node)?, limits(node)?);
+    /// `change` has the last word on its options.
+    pub fn open(
+        &self,
+        name: &str,
+        node: &Node<'_>,
+        memory: &GuestMemory,
+        change: impl FnOnce(&mut DiskOptions),
+    ) -> Result<Arc<Disk>, MachineError> {
+        let (mut options, limits) = (options(name, node)?, limits(node)?);
+        change(&mut options);
         let disk = Arc::new(Disk::open(options, memory.clone(), self.troubles.clone())?);
         disk.set_limits(limits)
             .map_err(MachineError::host("starting the thread that keeps a disk's limits"))?;
@@ -176,11 +187,13 @@ impl Drop for Watch {
 /// A disk's options from its variables (bhyve_config(5), "Block Device Settings"). Apiary's own are `format`, `cache`, `rerror`
 /// and `werror`.
 fn options(name: &str, node: &Node<'_>) -> Result<DiskOptions, SettingError> {
-    let path = node.required("path")?;
-    let source = if path.starts_with("nbd://") || path.starts_with("nbd+unix://") {
-        Source::Nbd(path)
-    } else {
-        Source::Path(path.into())
+    let source = match node.integer("ram", 1..=MAX_RAM_MIB)? {
+        Some(mebibytes) => Source::Ram((mebibytes as u64) << 20),
+        None => {
+            let path = node.required("path")?;
+            let remote = path.starts_with("nbd://") || path.starts_with("nbd+unix://");
+            if remote { Source::Nbd(path) } else { Source::Path(path.into()) }
+        }
     };
     let mut options = DiskOptions::new(source);
     options.format = node.convert("format", format)?;
@@ -248,7 +261,6 @@ fn error_policy(text: &str) -> Result<ErrorPolicy, ValueError> {
 
 /// A serial number for a disk that has been given none: always the same for the same image. `prefix` and 12 hexadecimal digits.
 pub(crate) fn serial(prefix: &str, node: &Node<'_>) -> Result<String, SettingError> {
-    let path = node.required("path")?;
-    let hash = fnv1a(path.bytes());
+    let hash = fnv1a(node.string_or("path", node.path())?.bytes());
     Ok(format!("{prefix}-{:012X}", (hash >> 80) as u64))
 }

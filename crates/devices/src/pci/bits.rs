@@ -114,6 +114,8 @@ pub mod capability {
 pub mod class {
     /// Mass storage of no particular kind.
     pub const STORAGE: (u8, u8, u8) = (0x01, 0x00, 0x00);
+    /// NVM Express I/O controller.
+    pub const NVME: (u8, u8, u8) = (0x01, 0x08, 0x02);
     /// Host bridge.
     pub const HOST_BRIDGE: (u8, u8, u8) = (0x06, 0x00, 0x00);
     /// ISA bridge.
