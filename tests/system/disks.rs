@@ -60,3 +60,8 @@ fn debian_on_virtio_blk() -> Result<(), Error> {
 fn debian_on_virtio_blk_with_msi_past_the_page_cache() -> Result<(), Error> {
     debian("disk-virtio-msi", "virtio-blk,{},nocache,sectorsize=512/4096", &["-W"])
 }
+
+#[test]
+fn debian_on_nvme() -> Result<(), Error> {
+    debian("disk-nvme", "nvme,{},ser=SN42", &[])
+}

@@ -176,3 +176,17 @@ fn virtio_blk_on_qcow2() -> Result<(), Error> {
         }
     })
 }
+
+#[test]
+fn nvme() -> Result<(), Error> {
+    let directory = tempfile::tempdir().expect("a directory");
+    raw_images(directory.path());
+    let setup = Setup {
+        name: "cut-nvme",
+        kernel: Kernel::Cloud,
+        modules: "button",
+        disks: ["nvme0n1", "nvme1n1"],
+        options: &["-s", "4,nvme,{}/files", "-s", "5,nvme,{}/device,cache=none"],
+    };
+    setup.cut(directory.path(), file_system_recovers)
+}
