@@ -264,6 +264,22 @@ impl Running {
         }
     }
 
+    /// Waits until the program itself has said `text`, on standard error.
+    ///
+    /// # Errors
+    ///
+    /// If it ends without, or time is up.
+    pub fn wait_for_notice(&mut self, text: &str) -> Result<(), Error> {
+        let started = Instant::now();
+        while find(&self.stderr, text.as_bytes()).is_none() {
+            let left = self.limit.saturating_sub(started.elapsed());
+            if self.errors.is_none() || !self.pump(left)? && started.elapsed() >= self.limit {
+                return Err(self.late(&format!("the notice {text:?}"), started));
+            }
+        }
+        Ok(())
+    }
+
     /// Waits for the program's end.
     ///
     /// # Errors

@@ -65,3 +65,60 @@ fn debian_on_virtio_blk_with_msi_past_the_page_cache() -> Result<(), Error> {
 fn debian_on_nvme() -> Result<(), Error> {
     debian("disk-nvme", "nvme,{},ser=SN42", &[])
 }
+
+/// A file system in memory, which can be made larger. Unmounted when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new(size: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let disk = SmallDisk(directory);
+        disk.mount(&format!("size={size}"));
+        disk
+    }
+
+    fn mount(&self, options: &str) {
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(self.0.path());
+        assert!(command.status().is_ok_and(|status| status.success()), "{command:?}");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+/// A sparse image on a full host: the machine stops, and goes on when there is space; the guest notices nothing.
+#[test]
+fn a_machine_waits_for_space() -> Result<(), Error> {
+    for (name, device, modules, disk) in [
+        ("full-virtio-blk", "virtio-blk", "virtio_pci,virtio_blk", "vda"),
+        ("full-nvme", "nvme", "button", "nvme0n1"),
+    ] {
+        let host = SmallDisk::new("8M");
+        let image = host.0.path().join("image");
+        let file = std::fs::File::create(&image).expect("an image");
+        file.set_len(32 << 20).expect("its size");
+        let slot = format!("4,{device},{}", image.display());
+        let mut running = Machine::new(name)
+            .words(&format!("apiary.load={modules}"))
+            .program(&["dd", "if=/dev/urandom", &format!("of=/dev/{disk}"), "bs=64k", "count=400"])
+            .program(&["dd", &format!("if=/dev/{disk}"), "of=/dev/null", "bs=64k"])
+            .options(&["-s", &slot])
+            .start()?;
+        running.wait_for_notice("no space left on the host: the machine has stopped")?;
+        let status = guest::program("bhyvectl", &["--list"]);
+        let list = String::from_utf8_lossy(&status.stdout).into_owned();
+        let line = list.lines().find(|line| line.contains(running.name())).unwrap_or_default();
+        assert!(line.contains("paused"), "{list}");
+        host.mount("remount,size=64M");
+        let ended = running.wait()?;
+        assert_status(&ended, status::POWEROFF);
+        let well = ended.console.lines().filter(|line| line.trim_end() == "apiary: status: 0").count();
+        assert_eq!(well, 2, "{}", ended.console);
+        assert!(std::fs::metadata(&image).expect("the image").len() == 32 << 20);
+    }
+    Ok(())
+}

@@ -81,3 +81,36 @@ fn impossible_kernels() {
     }
     std::fs::remove_dir_all(&directory).expect("the broken kernels can be removed");
 }
+
+#[test]
+fn impossible_disks() {
+    let kernel = Places::default().kernel(Kernel::Cloud).display().to_string();
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    for (name, len) in [("empty", 0), ("part", 1000), ("good", 4096)] {
+        let file = std::fs::File::create(at(name)).expect("an image");
+        file.set_len(len).expect("its size");
+    }
+    // A header that says qcow2, and nothing behind it.
+    std::fs::write(at("lies"), [&b"QFI\xfb\0\0\0\x03"[..], &[0xff; 504]].concat()).expect("an image");
+    for device in ["virtio-blk", "nvme"] {
+        let with = |image: &str| {
+            let slot = format!("4,{device},{image}");
+            refused(&[good(&kernel).as_slice(), &["-s", &slot]].concat())
+        };
+        assert_names(&with(&at("none")), &[&at("none"), "does not exist"]);
+        assert_names(&with(&at("")), &["directory"]);
+        assert_names(&with(&at("empty")), &[&at("empty"), "is empty"]);
+        assert_names(&with(&at("part")), &[&at("part"), "1000", "512"]);
+        assert_names(&with(&at("lies")), &[&at("lies"), "qcow2"]);
+        assert_names(&with(&format!("{},sectorsize=513", at("good"))), &["513"]);
+        assert_names(&with(&format!("{},cache=fast", at("good"))), &["fast", "writeback"]);
+        assert_names(&with(&format!("{},werror=panic", at("good"))), &["panic", "report"]);
+        assert_names(&with(&format!("{},iops=0", at("good"))), &["iops"]);
+        assert_names(&with(&format!("{},format=floppy", at("good"))), &["floppy", "qcow2"]);
+    }
+    let twice = format!("4,virtio-blk,{}", at("good"));
+    let again = format!("5,nvme,{}", at("good"));
+    let line = refused(&[good(&kernel).as_slice(), &["-s", &twice, "-s", &again]].concat());
+    assert_names(&line, &[&at("good"), "in use"]);
+}
