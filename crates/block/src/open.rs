@@ -22,6 +22,7 @@ use crate::image::nbd::NbdImage;
 use crate::image::probe::{Guarded, PROBED_BYTES, probe};
 use crate::image::qcow2::Qcow2Image;
 use crate::image::raw::{RawImage, is_in_memory};
+use crate::image::vmdk::VmdkImage;
 use crate::lock::{LockError, Purpose, lock};
 use crate::{CacheMode, Disk, DiskOptions, Format, Image, OpenError, Source, TroubleSink};
 
@@ -122,7 +123,8 @@ impl Opening {
             Format::Raw if given || !writable => Box::new(file),
             Format::Raw => Box::new(Guarded(file)),
             Format::Qcow2 => Box::new(Qcow2Image::open(file, path, writable, self)?),
-            Format::Vmdk | Format::Vhdx => return unsupported(path, "this format is not built in"),
+            Format::Vmdk => Box::new(VmdkImage::open(file, path, writable, self)?),
+            Format::Vhdx => return unsupported(path, "this format is not built in"),
         };
         self.chain.pop();
         Ok(image)
