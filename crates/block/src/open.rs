@@ -22,6 +22,7 @@ use crate::image::nbd::NbdImage;
 use crate::image::probe::{Guarded, PROBED_BYTES, probe};
 use crate::image::qcow2::Qcow2Image;
 use crate::image::raw::{RawImage, is_in_memory};
+use crate::image::vhdx::VhdxImage;
 use crate::image::vmdk::VmdkImage;
 use crate::lock::{LockError, Purpose, lock};
 use crate::{CacheMode, Disk, DiskOptions, Format, Image, OpenError, Source, TroubleSink};
@@ -124,7 +125,7 @@ impl Opening {
             Format::Raw => Box::new(Guarded(file)),
             Format::Qcow2 => Box::new(Qcow2Image::open(file, path, writable, self)?),
             Format::Vmdk => Box::new(VmdkImage::open(file, path, writable, self)?),
-            Format::Vhdx => return unsupported(path, "this format is not built in"),
+            Format::Vhdx => Box::new(VhdxImage::open(file, path, writable, self)?),
         };
         self.chain.pop();
         Ok(image)
@@ -186,6 +187,11 @@ impl Opening {
             }
         };
         reference.context(self.image(&path, Some(format), false)).map(Arc::from)
+    }
+
+    /// Opens a file that an image refers to, only to look at it.
+    pub fn look_at(&self, reference: Reference<'_>) -> Result<RawImage, OpenError> {
+        reference.context(self.file(&reference.path()?, false))
     }
 
     /// Opens a file with contents of an image.
@@ -305,8 +311,7 @@ mod tests {
         says(&file(&directory, "empty", 0), "is empty; give it a size");
         says(&file(&directory, "part", 1000), "not a multiple of the sector size 512; round it up");
         says(&file(&directory, "a", 512).join("b"), "a directory");
-        {
-            let format = Format::Qcow2;
+        for format in [Format::Qcow2, Format::Vmdk, Format::Vhdx] {
             let path = file(&directory, "zeros", 4096);
             let line = refusal(DiskOptions { format: Some(format), ..options(&path) });
             assert!(line.contains(&format!("is not a valid {} image", format.name())), "{line}");

@@ -4,6 +4,7 @@ pub mod nbd;
 pub(crate) mod probe;
 pub mod qcow2;
 pub mod raw;
+pub mod vhdx;
 pub mod vmdk;
 
 use std::fs::File;
