@@ -1,5 +1,7 @@
 //! Image formats.
 
+#[cfg(test)]
+mod model_tests;
 pub mod nbd;
 pub(crate) mod probe;
 pub mod qcow2;
