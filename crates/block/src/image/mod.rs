@@ -1,5 +1,6 @@
 //! Image formats.
 
+pub mod luks;
 #[cfg(test)]
 mod model_tests;
 pub mod nbd;

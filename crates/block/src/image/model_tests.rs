@@ -3,6 +3,13 @@
 use std::fs;
 use std::path::Path;
 
+use vm_memory::VolatileSlice;
+
+use crate::image::qcow2::Qcow2Image;
+use crate::image::raw::RawImage;
+use crate::image::vhdx::VhdxImage;
+use crate::image::vmdk::VmdkImage;
+use crate::open::Opening;
 use crate::testing::{check, have_qemu, options, read, tool, write};
 use crate::{CacheMode, DiskOptions, Image, SnapshotChange, open_image};
 
@@ -110,7 +117,9 @@ fn random_operations() {
                 continue;
             }
             for seed in 1..=3 {
-                let directory = tempfile::tempdir().unwrap();
+                // Mostly in memory, where flushes take no time.
+                let place = if seed > 1 && Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
+                let directory = tempfile::tempdir_in(place).unwrap();
                 let path = directory.path().join("image");
                 let mut model = vec![0; LEN];
                 let mut arguments = vec!["create", "-q", "-f", format, "-o", option];
@@ -130,6 +139,82 @@ fn random_operations() {
                     check(&path);
                 }
                 compare(&path, format, seed);
+            }
+        }
+    }
+}
+
+/// Images with some bytes of their metadata changed: opening them or what is asked of them fails, or does not. It ends, and what it
+/// allocates has bounds.
+#[test]
+fn corrupted_images() {
+    if !have_qemu() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image");
+    let kinds = [
+        ("qcow2", "cluster_size=512"),
+        ("qcow2", "cluster_size=4096,lazy_refcounts=on"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vhdx", "block_size=1M"),
+    ];
+    for (format, option) in kinds {
+        let name = path.to_str().unwrap();
+        tool("qemu-img", &["create", "-q", "-f", format, "-o", option, name, "4M"]);
+        tool("qemu-io", &["-f", format, "-c", "write -P 7 0 64k", "-c", "write -P 8 2M 64k", name]);
+        if format == "qcow2" {
+            tool("qemu-img", &["snapshot", "-c", "one", name]);
+            tool("qemu-io", &["-f", format, "-c", "write -P 9 0 4k", "-c", "write -c -P 9 1M 4k", name]);
+        }
+        let good = fs::read(&path).unwrap();
+        // What is not zero is metadata, but for the data, which has one value.
+        let places: Vec<usize> = (0..good.len()).filter(|at| !matches!(good[*at], 0 | 7 | 8)).collect();
+        let random = &mut Random(0x1234_5678_9abc_def1);
+        for case in 0..400 {
+            let file = RawImage::in_memory(good.len() as u64).unwrap();
+            file.write_bytes(0, &good).unwrap();
+            for _ in 0..1 + random.below(4) {
+                let at = places[random.below(places.len())] as u64 & !7;
+                let value = [random.0, random.0 & 0xffff, !0, 1 << random.below(64), 0][random.below(5)];
+                let value = if random.below(2) == 0 { value.to_be_bytes() } else { value.to_le_bytes() };
+                let len = [1, 2, 4, 8][random.below(4)];
+                file.write_bytes(at + random.below(9 - len) as u64, &value[8 - len..]).unwrap();
+            }
+            if case % 10 == 0 {
+                file.resize(random.below(good.len()) as u64).unwrap();
+            }
+            let mut opening = Opening::new(CacheMode::Writeback);
+            let image: Option<Box<dyn Image>> = match format {
+                "qcow2" => {
+                    Qcow2Image::open(file, &path, true, &mut opening).ok().map(|image| Box::new(image) as _)
+                }
+                "vmdk" => {
+                    VmdkImage::open(file, &path, true, &mut opening).ok().map(|image| Box::new(image) as _)
+                }
+                _ => VhdxImage::open(file, &path, true, &mut opening).ok().map(|image| Box::new(image) as _),
+            };
+            let Some(image) = image else { continue };
+            let size = image.size();
+            let mut memory = vec![1; 128 << 10];
+            for step in 0..12 {
+                let len = (1 + random.below(256)) * 512;
+                let offset = random.below((size.min(5 << 20) / 512 + 1) as usize) as u64 * 512;
+                if offset + len as u64 > size {
+                    continue;
+                }
+                let buffer = [VolatileSlice::from(&mut memory[..len])];
+                // Any answer is fine.
+                let _ = match step {
+                    0 | 4 | 8 => image.read(offset, &buffer),
+                    1 | 5 | 9 => image.write(offset, &buffer, false),
+                    2 => image.write_zeroes(offset, len as u64, true),
+                    3 => image.discard(offset, len as u64),
+                    6 => image.change_snapshots(SnapshotChange::Create("two", (0, 0))),
+                    7 => image.change_snapshots(SnapshotChange::Apply("one")),
+                    10 => image.change_snapshots(SnapshotChange::Delete("one")),
+                    _ => image.flush(),
+                };
             }
         }
     }
