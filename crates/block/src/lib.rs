@@ -30,7 +30,7 @@ pub use disk::{Disk, DiskInfo, TroubleSink};
 pub use error::{IoError, OpenError};
 pub use image::{Image, Snapshot, SnapshotChange};
 pub use open::open_image;
-pub use options::{CacheMode, DiskOptions, ErrorPolicy, Format, SectorSize, Source};
+pub use options::{CacheMode, DiskOptions, ErrorPolicy, Format, Secret, SectorSize, Source};
 pub use request::{Buffers, Operation, Request, Span};
 pub use stats::{DiskStats, Histogram};
 pub use throttle::{Limit, Limits, Rate};

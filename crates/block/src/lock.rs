@@ -91,8 +91,9 @@ pub(crate) fn lock(file: &File, purpose: Purpose) -> Result<(), LockError> {
     Ok(())
 }
 
-/// Takes all locks of this open file away.
-fn unlock(file: &File) {
+/// Takes all locks of this open file away. Closing it does that too, but not while a process that was just being started still has a copy
+/// of the descriptor.
+pub(crate) fn unlock(file: &File) {
     for byte in (0..4).flat_map(|number| [HELD + number, NOT_SHARED + number]) {
         let _ = control(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte);
     }

@@ -18,12 +18,15 @@ use std::sync::Arc;
 
 use memory::GuestMemory;
 
+use crate::image::luks::LuksImage;
 use crate::image::nbd::NbdImage;
 use crate::image::probe::{Guarded, PROBED_BYTES, probe};
 use crate::image::qcow2::Qcow2Image;
 use crate::image::raw::{RawImage, is_in_memory};
+use crate::image::vhdx::VhdxImage;
+use crate::image::vmdk::VmdkImage;
 use crate::lock::{LockError, Purpose, lock};
-use crate::{CacheMode, Disk, DiskOptions, Format, Image, OpenError, Source, TroubleSink};
+use crate::{CacheMode, Disk, DiskOptions, Format, Image, OpenError, Secret, Source, TroubleSink};
 
 /// Images in a chain of backing files at most. Each read may have to go through all of them.
 const MAX_CHAIN: usize = 64;
@@ -49,7 +52,12 @@ impl Disk {
 /// As [`Disk::open`].
 pub fn open_image(options: &DiskOptions) -> Result<Box<dyn Image>, OpenError> {
     match &options.source {
-        Source::Path(path) => Opening::new(options.cache).image(path, options.format, !options.read_only),
+        Source::Path(path) => Opening::new(options.cache).image(
+            path,
+            options.format,
+            !options.read_only,
+            options.secret.as_ref(),
+        ),
         Source::Ram(bytes) => {
             let image = RawImage::in_memory(*bytes);
             Ok(Box::new(image.map_err(|source| OpenError::Open { path: options.path(), source })?))
@@ -106,23 +114,26 @@ impl Opening {
         path: &Path,
         format: Option<Format>,
         writable: bool,
+        secret: Option<&Secret>,
     ) -> Result<Box<dyn Image>, OpenError> {
-        let file = self.file(path, writable)?;
+        let mut file = self.file(path, writable)?;
         let found = first_sector(&file, path)?;
         let given = format.is_some();
         let format = format.or(found).unwrap_or(Format::Raw);
         let purpose = match (writable, format) {
             (false, _) => Purpose::Read,
-            (true, Format::Raw) => Purpose::Write,
+            (true, Format::Raw | Format::Luks) => Purpose::Write,
             (true, _) => Purpose::WriteFormat,
         };
         self.enter(&file, path)?;
-        take_lock(&file, path, purpose)?;
+        take_lock(&mut file, path, purpose)?;
         let image: Box<dyn Image> = match format {
             Format::Raw if given || !writable => Box::new(file),
             Format::Raw => Box::new(Guarded(file)),
             Format::Qcow2 => Box::new(Qcow2Image::open(file, path, writable, self)?),
-            Format::Vmdk | Format::Vhdx => return unsupported(path, "this format is not built in"),
+            Format::Luks => Box::new(LuksImage::open(file, path, secret)?),
+            Format::Vmdk => Box::new(VmdkImage::open(file, path, writable, self)?),
+            Format::Vhdx => Box::new(VhdxImage::open(file, path, writable, self)?),
         };
         self.chain.pop();
         Ok(image)
@@ -183,15 +194,20 @@ impl Opening {
                 }
             }
         };
-        reference.context(self.image(&path, Some(format), false)).map(Arc::from)
+        reference.context(self.image(&path, Some(format), false, None)).map(Arc::from)
+    }
+
+    /// Opens a file that an image refers to, only to look at it.
+    pub fn look_at(&self, reference: Reference<'_>) -> Result<RawImage, OpenError> {
+        reference.context(self.file(&reference.path()?, false))
     }
 
     /// Opens a file with contents of an image.
     pub fn data_file(&mut self, reference: Reference<'_>, writable: bool) -> Result<RawImage, OpenError> {
         let path = reference.path()?;
-        let file = reference.context(self.file(&path, writable))?;
+        let mut file = reference.context(self.file(&path, writable))?;
         let purpose = if writable { Purpose::WriteFormat } else { Purpose::Read };
-        reference.context(take_lock(&file, &path, purpose))?;
+        reference.context(take_lock(&mut file, &path, purpose))?;
         Ok(file)
     }
 
@@ -253,7 +269,8 @@ fn first_sector(file: &RawImage, path: &Path) -> Result<Option<Format>, OpenErro
     Ok(probe(&sector))
 }
 
-fn take_lock(file: &RawImage, path: &Path, purpose: Purpose) -> Result<(), OpenError> {
+fn take_lock(file: &mut RawImage, path: &Path, purpose: Purpose) -> Result<(), OpenError> {
+    file.unlock_at_end();
     lock(file.file(), purpose).map_err(|error| match error {
         LockError::InUse(by) => OpenError::Locked { path: path.to_owned(), by },
         LockError::Host(source) => OpenError::Open { path: path.to_owned(), source },
@@ -303,8 +320,7 @@ mod tests {
         says(&file(&directory, "empty", 0), "is empty; give it a size");
         says(&file(&directory, "part", 1000), "not a multiple of the sector size 512; round it up");
         says(&file(&directory, "a", 512).join("b"), "a directory");
-        {
-            let format = Format::Qcow2;
+        for format in [Format::Qcow2, Format::Vmdk, Format::Vhdx] {
             let path = file(&directory, "zeros", 4096);
             let line = refusal(DiskOptions { format: Some(format), ..options(&path) });
             assert!(line.contains(&format!("is not a valid {} image", format.name())), "{line}");

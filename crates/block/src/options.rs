@@ -1,5 +1,6 @@
 //! How a disk is to be opened.
 
+use std::fmt;
 use std::path::PathBuf;
 
 /// Where the contents are.
@@ -24,6 +25,29 @@ pub enum Format {
     Vmdk,
     /// Hyper-V's.
     Vhdx,
+    /// An encrypted disk. Never found by its first bytes: a guest's own encrypted disk looks the same.
+    Luks,
+}
+
+/// A passphrase. It is not told to anybody who prints it, and overwritten when it is dropped.
+#[derive(Clone)]
+pub struct Secret(zeroize::Zeroizing<Vec<u8>>);
+
+impl Secret {
+    /// Takes the bytes of a passphrase.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Secret(bytes.into())
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
 }
 
 impl Format {
@@ -34,12 +58,13 @@ impl Format {
             Format::Qcow2 => "qcow2",
             Format::Vmdk => "vmdk",
             Format::Vhdx => "vhdx",
+            Format::Luks => "luks",
         }
     }
 
     /// The format of this name.
     pub fn from_name(name: &str) -> Option<Format> {
-        [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Vhdx]
+        [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Vhdx, Format::Luks]
             .into_iter()
             .find(|format| format.name() == name)
     }
@@ -100,6 +125,8 @@ pub struct DiskOptions {
     pub name: String,
     /// Of an image at a path; looked for in its first bytes if not given ([`crate::open`]).
     pub format: Option<Format>,
+    /// Opens an encrypted image.
+    pub secret: Option<Secret>,
     /// May not be written.
     pub read_only: bool,
     /// The host's caches.
@@ -121,6 +148,7 @@ impl DiskOptions {
             source,
             name: "disk".into(),
             format: None,
+            secret: None,
             read_only: false,
             cache: CacheMode::Writeback,
             discard: true,

@@ -1,9 +1,14 @@
 //! Image formats.
 
+pub mod luks;
+#[cfg(test)]
+mod model_tests;
 pub mod nbd;
 pub(crate) mod probe;
 pub mod qcow2;
 pub mod raw;
+pub mod vhdx;
+pub mod vmdk;
 
 use std::fs::File;
 use std::io;

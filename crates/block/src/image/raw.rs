@@ -28,6 +28,16 @@ pub struct RawImage {
     alignment: Alignment,
     /// Who writes part of an aligned block holds it alone.
     partial: RwLock<()>,
+    /// The file has been locked.
+    locked: bool,
+}
+
+impl Drop for RawImage {
+    fn drop(&mut self) {
+        if self.locked {
+            crate::lock::unlock(&self.file);
+        }
+    }
 }
 
 /// What must be multiples of what with O_DIRECT, in bytes, powers of two; without, everything is a multiple of 1.
@@ -70,6 +80,7 @@ impl RawImage {
             at_once,
             alignment,
             partial: RwLock::new(()),
+            locked: false,
         })
     }
 
@@ -212,6 +223,11 @@ impl RawImage {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Notes that the file is locked, for as long as this is.
+    pub(crate) fn unlock_at_end(&mut self) {
+        self.locked = true;
     }
 
     /// The file.
