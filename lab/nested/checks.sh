@@ -1,13 +1,14 @@
 # What the checks share: boot a guest, then look at how it ended and what it printed.
 output=/tmp/output
 
-# boot NAME [--end WORD] OPTION...: runs the guest to its end, showing what it prints.
+# boot NAME [--end WORD] [--words WORDS] OPTION...: runs the guest to its end, showing what it prints.
 boot() {
-    name=$1 end=poweroff options=
+    name=$1 end=poweroff words= options=
     shift
     while [ $# -gt 0 ]; do
         case $1 in
             --end) end=$2; shift 2 ;;
+            --words) words=$2; shift 2 ;;
             *) options="$options $1"; shift ;;
         esac
     done
@@ -16,7 +17,7 @@ boot() {
     { code=0
         timeout -s KILL 150 bhyve -A -H -P -s 0:0,hostbridge -s 1:0,lpc -l com1,stdio $options \
         --kernel /guest/vmlinuz --initrd /guest/initramfs.cpio \
-        --cmdline "console=ttyS0 apiary.end=$end" "$name" 2>&1 || code=$?
+        --cmdline "console=ttyS0 $words apiary.end=$end" "$name" 2>&1 || code=$?
         echo "$code" >/tmp/status; } | tee "$output"
     status=$(cat /tmp/status)
 }
