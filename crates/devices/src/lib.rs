@@ -6,6 +6,7 @@
 //! The 8259s, IOAPIC, LAPICs and 8254 (with port 61h) are not here: engines own those.
 #![forbid(unsafe_code)]
 
+pub mod ahci;
 pub mod bus;
 pub mod chipset;
 pub mod host;

@@ -8,8 +8,9 @@ use std::sync::{Arc, Weak};
 
 use block::SectorSize;
 use config::settings::PciSlot;
-use config::{PciAddress, SerialBackend, Tree, VmSettings};
+use config::{Node, PciAddress, SerialBackend, Tree, VmSettings};
 use console::Console;
+use devices::ahci::{Ahci, AhciError, DiskIdentity, Drive};
 use devices::chipset::acpi_pm::{AcpiPm, SCI_IRQ};
 use devices::chipset::hpet::{Hpet, HpetConfig, HpetLines};
 use devices::chipset::i8042::{I8042, KEYBOARD_IRQ};
@@ -29,7 +30,7 @@ use devices::virtio::blk::{Blk, BlkConfig};
 use devices::virtio::pci::VirtioPci;
 use engine::{Gsi, GuestMemory, IOAPIC_PINS, MsiMessage, Vm};
 
-use crate::clock::Timers;
+use crate::clock::{GuestClock, Timers};
 use crate::disks::{self, Disks};
 use crate::hash::fnv1a;
 use crate::lifecycle::{Ending, Lifecycle};
@@ -42,6 +43,7 @@ struct Context<'a> {
     router: Arc<PirqRouter>,
     memory: &'a GuestMemory,
     disks: &'a Disks,
+    clock: Arc<GuestClock>,
 }
 
 /// The most queues of a virtio-blk device.
@@ -50,8 +52,13 @@ const MAX_BLK_QUEUES: i64 = 8;
 type Builder = fn(&Context<'_>, &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError>;
 
 /// The PCI devices of this build by the value of their `device` variable. A new device is one line here.
-const PCI_DEVICES: &[(&str, Builder)] =
-    &[("hostbridge", host_bridge), ("lpc", lpc_bridge), ("nvme", nvme), ("virtio-blk", virtio_blk)];
+const PCI_DEVICES: &[(&str, Builder)] = &[
+    ("ahci", ahci),
+    ("hostbridge", host_bridge),
+    ("lpc", lpc_bridge),
+    ("nvme", nvme),
+    ("virtio-blk", virtio_blk),
+];
 
 fn host_bridge(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
     let default = HostBridge::identity(devices::pci::hostbridge::DEFAULT_IDS);
@@ -62,6 +69,54 @@ fn host_bridge(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevic
 fn pci_config(slot: &PciSlot) -> impl Fn(ConfigError) -> MachineError {
     let device = slot.device.clone();
     move |source| MachineError::PciConfig { device: device.clone(), source }
+}
+
+fn ahci(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
+    let ports = context.tree.node(&slot.node).node("port");
+    let mut drives = Vec::new();
+    for number in 0..devices::ahci::MAX_PORTS {
+        let port = ports.node(&number.to_string());
+        drives.push(match port.string("type")?.as_deref() {
+            None => None,
+            Some("hd") => Some(hard_disk(context, slot, number, &port)?),
+            Some(_) => return Err(MachineError::NotAvailable("device ahci-cd".into())),
+        });
+    }
+    // The adapter has no more ports than it needs.
+    let used = drives.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+    drives.truncate(used);
+    let identity = identity(context.tree, &slot.node, Ahci::identity())?;
+    let memory = context.memory.clone();
+    let ahci = Ahci::new(identity, drives, memory, context.clock.clone()).map_err(|error| match error {
+        AhciError::Config(source) => pci_config(slot)(source),
+        other => MachineError::Device(other.to_string()),
+    })?;
+    Ok(Arc::new(ahci))
+}
+
+/// A hard disk on a port of an AHCI adapter.
+fn hard_disk(
+    context: &Context<'_>,
+    slot: &PciSlot,
+    number: usize,
+    port: &Node<'_>,
+) -> Result<Drive, MachineError> {
+    let disk = context.disks.open(&format!("{}.{number}", slot.address), port, context.memory, |_| ())?;
+    let serial = match port.string("ser")? {
+        Some(serial) => serial,
+        None => disks::serial("APIARY", port)?,
+    };
+    let mut identity = DiskIdentity::disk(serial);
+    if let Some(model) = port.string("model")? {
+        identity.model = model;
+    }
+    if let Some(firmware) = port.string("rev")? {
+        identity.firmware = firmware;
+    }
+    if let Some(rate) = port.integer("nmrr", 0..=u16::MAX.into())? {
+        identity.rotation_rate = u16::try_from(rate).unwrap_or_default();
+    }
+    Ok(Drive::Disk(disk, identity))
 }
 
 fn nvme(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
@@ -266,7 +321,7 @@ pub(crate) fn assemble(
     let router = Arc::new(PirqRouter::new(&apic, &lines[..16]));
     let pci = Arc::new(PciRoot::new(board.pio.clone(), board.mmio.clone(), router.clone(), messages));
     pci.attach(Arc::new(ResetControl::new(lifecycle.clone())))?;
-    let context = Context { tree, settings, router, memory, disks };
+    let context = Context { tree, settings, router, memory, disks, clock: timers.clock() };
     for slot in &settings.pci {
         let Some((_, build)) = PCI_DEVICES.iter().find(|(name, _)| *name == slot.device) else {
             return Err(MachineError::NotAvailable(format!("device {}", slot.device)));

@@ -15,6 +15,9 @@ pub enum MachineError {
     /// Something that bhyve has and this build has not.
     #[error("{0} is not available in this build")]
     NotAvailable(String),
+    /// A device cannot be made as asked.
+    #[error("{0}")]
+    Device(String),
     /// A disk image cannot be used.
     #[error(transparent)]
     Disk(#[from] block::OpenError),

@@ -112,6 +112,8 @@ pub mod capability {
 
 /// Class codes: base class, subclass, programming interface.
 pub mod class {
+    /// AHCI host bus adapter.
+    pub const SATA_AHCI: (u8, u8, u8) = (0x01, 0x06, 0x01);
     /// Mass storage of no particular kind.
     pub const STORAGE: (u8, u8, u8) = (0x01, 0x00, 0x00);
     /// NVM Express I/O controller.
