@@ -136,6 +136,14 @@ impl Opening {
             Format::Vhdx => Box::new(VhdxImage::open(file, path, writable, self)?),
         };
         self.chain.pop();
+        let size = image.size();
+        let of_format = !matches!(format, Format::Raw | Format::Luks);
+        if self.chain.is_empty() && of_format && (size == 0 || !size.is_multiple_of(512)) {
+            let reason = format!(
+                "has a disk of {size} bytes, which is not whole sectors; give it a size with qemu-img resize"
+            );
+            return unsupported(path, reason);
+        }
         Ok(image)
     }
 
@@ -325,6 +333,17 @@ mod tests {
             let line = refusal(DiskOptions { format: Some(format), ..options(&path) });
             assert!(line.contains(&format!("is not a valid {} image", format.name())), "{line}");
         }
+    }
+
+    #[test]
+    fn images_of_no_size() {
+        if !have_qemu() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "0"]);
+        assert!(refusal(options(&path)).contains("qemu-img resize"));
     }
 
     /// root may open everything, so the file is made so that nobody may write it, where that works.

@@ -61,7 +61,12 @@ fn run(path: &Path, seed: u64, mut model: Vec<u8>, with_snapshots: bool) {
                 let now = read(&*image, at as u64, len);
                 model[part].copy_from_slice(&now);
             }
-            15 => image.flush().unwrap(),
+            15 => {
+                image.flush().unwrap();
+                if !path.with_file_name("image-f001").exists() {
+                    crashed(path, &model, step % 4 == 0);
+                }
+            }
             16 => {
                 drop(image);
                 image = open([CacheMode::Writeback, CacheMode::None][random.below(2)]);
@@ -86,6 +91,19 @@ fn run(path: &Path, seed: u64, mut model: Vec<u8>, with_snapshots: bool) {
     assert!(read(&*image, 0, LEN) == model, "seed {seed}, at the end");
     drop(image);
     assert!(read(&*open(CacheMode::Writeback), 0, LEN) == model, "seed {seed}, opened again");
+}
+
+/// Were the machine gone now, right after a flush, all would be there.
+fn crashed(path: &Path, model: &[u8], thoroughly: bool) {
+    let copy = path.with_file_name("crashed");
+    fs::copy(path, &copy).unwrap();
+    for read_only in [true, false] {
+        let image = open_image(&DiskOptions { read_only, ..options(&copy) }).unwrap();
+        assert!(read(&*image, 0, LEN) == model, "after a crash, read-only {read_only}");
+    }
+    if thoroughly && fs::read(&copy).unwrap().starts_with(b"QFI") {
+        check(&copy);
+    }
 }
 
 /// QEMU finds the same contents.
