@@ -2,12 +2,12 @@
 //!
 //! - The path must be a file or a block device, readable, and writable unless the disk is read-only.
 //! - The format is the one given. If none is given, it is looked for in the first bytes; what looks like nothing is raw, and is kept
-//!   so ([`crate::image::probe`]).
+//!   so (`image::probe`).
 //! - A backing file whose format the image does not record is opened only if it is raw: that it looks like something else may be
 //!   the doing of a guest that owned it as a raw disk.
-//! - Every file is locked so that QEMU respects it too ([`crate::lock`]): backing files against writing.
+//! - Every file is locked so that QEMU respects it too (`lock`): backing files against writing.
 //! - What an image refers to by a relative path is next to it. A chain that comes back to itself, or is longer than
-//!   [`MAX_CHAIN`], is refused. An image that comes from somebody else can name any file of the host; look at it with
+//!   `MAX_CHAIN`, is refused. An image that comes from somebody else can name any file of the host; look at it with
 //!   `qemu-img info --backing-chain` before using it.
 
 use std::fs::{self, File};
