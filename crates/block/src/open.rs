@@ -2,12 +2,12 @@
 //!
 //! - The path must be a file or a block device, readable, and writable unless the disk is read-only.
 //! - The format is the one given. If none is given, it is looked for in the first bytes; what looks like nothing is raw, and is kept
-//!   so ([`crate::image::probe`]).
+//!   so (`image::probe`).
 //! - A backing file whose format the image does not record is opened only if it is raw: that it looks like something else may be
 //!   the doing of a guest that owned it as a raw disk.
-//! - Every file is locked so that QEMU respects it too ([`crate::lock`]): backing files against writing.
+//! - Every file is locked so that QEMU respects it too (`lock`): backing files against writing.
 //! - What an image refers to by a relative path is next to it. A chain that comes back to itself, or is longer than
-//!   [`MAX_CHAIN`], is refused. An image that comes from somebody else can name any file of the host; look at it with
+//!   `MAX_CHAIN`, is refused. An image that comes from somebody else can name any file of the host; look at it with
 //!   `qemu-img info --backing-chain` before using it.
 
 use std::fs::{self, File};
@@ -136,6 +136,14 @@ impl Opening {
             Format::Vhdx => Box::new(VhdxImage::open(file, path, writable, self)?),
         };
         self.chain.pop();
+        let size = image.size();
+        let of_format = !matches!(format, Format::Raw | Format::Luks);
+        if self.chain.is_empty() && of_format && (size == 0 || !size.is_multiple_of(512)) {
+            let reason = format!(
+                "has a disk of {size} bytes, which is not whole sectors; give it a size with qemu-img resize"
+            );
+            return unsupported(path, reason);
+        }
         Ok(image)
     }
 
@@ -325,6 +333,17 @@ mod tests {
             let line = refusal(DiskOptions { format: Some(format), ..options(&path) });
             assert!(line.contains(&format!("is not a valid {} image", format.name())), "{line}");
         }
+    }
+
+    #[test]
+    fn images_of_no_size() {
+        if !have_qemu() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "0"]);
+        assert!(refusal(options(&path)).contains("qemu-img resize"));
     }
 
     /// root may open everything, so the file is made so that nobody may write it, where that works.

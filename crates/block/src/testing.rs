@@ -10,6 +10,12 @@ use vm_memory::VolatileSlice;
 
 use crate::{Buffers, Disk, DiskOptions, Image, IoError, OpenError, Operation, Request, Source, TroubleSink};
 
+/// A directory in memory where there is one: flushes take no time there.
+pub fn scratch() -> tempfile::TempDir {
+    let place = Path::new("/dev/shm");
+    if place.is_dir() { tempfile::tempdir_in(place).unwrap() } else { tempfile::tempdir().unwrap() }
+}
+
 /// Runs one of QEMU's tools; returns what it printed. `None` if it failed.
 pub fn try_tool(program: &str, arguments: &[&str]) -> Result<String, String> {
     let output = Command::new(program).args(arguments).output().unwrap();

@@ -10,7 +10,7 @@ use crate::image::raw::RawImage;
 use crate::image::vhdx::VhdxImage;
 use crate::image::vmdk::VmdkImage;
 use crate::open::Opening;
-use crate::testing::{check, have_qemu, options, read, tool, write};
+use crate::testing::{check, have_qemu, options, read, scratch, tool, write};
 use crate::{CacheMode, DiskOptions, Image, SnapshotChange, open_image};
 
 const LEN: usize = 4 << 20;
@@ -61,7 +61,12 @@ fn run(path: &Path, seed: u64, mut model: Vec<u8>, with_snapshots: bool) {
                 let now = read(&*image, at as u64, len);
                 model[part].copy_from_slice(&now);
             }
-            15 => image.flush().unwrap(),
+            15 => {
+                image.flush().unwrap();
+                if !path.with_file_name("image-f001").exists() {
+                    crashed(path, &model, step % 4 == 0);
+                }
+            }
             16 => {
                 drop(image);
                 image = open([CacheMode::Writeback, CacheMode::None][random.below(2)]);
@@ -86,6 +91,19 @@ fn run(path: &Path, seed: u64, mut model: Vec<u8>, with_snapshots: bool) {
     assert!(read(&*image, 0, LEN) == model, "seed {seed}, at the end");
     drop(image);
     assert!(read(&*open(CacheMode::Writeback), 0, LEN) == model, "seed {seed}, opened again");
+}
+
+/// Were the machine gone now, right after a flush, all would be there.
+fn crashed(path: &Path, model: &[u8], thoroughly: bool) {
+    let copy = path.with_file_name("crashed");
+    fs::copy(path, &copy).unwrap();
+    for read_only in [true, false] {
+        let image = open_image(&DiskOptions { read_only, ..options(&copy) }).unwrap();
+        assert!(read(&*image, 0, LEN) == model, "after a crash, read-only {read_only}");
+    }
+    if thoroughly && fs::read(&copy).unwrap().starts_with(b"QFI") {
+        check(&copy);
+    }
 }
 
 /// QEMU finds the same contents.
@@ -117,9 +135,8 @@ fn random_operations() {
                 continue;
             }
             for seed in 1..=3 {
-                // Mostly in memory, where flushes take no time.
-                let place = if seed > 1 && Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
-                let directory = tempfile::tempdir_in(place).unwrap();
+                let directory =
+                    if (index, seed) == (0, 1) { tempfile::tempdir().unwrap() } else { scratch() };
                 let path = directory.path().join("image");
                 let mut model = vec![0; LEN];
                 let mut arguments = vec!["create", "-q", "-f", format, "-o", option];
@@ -151,7 +168,7 @@ fn corrupted_images() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = directory.path().join("image");
     let kinds = [
         ("qcow2", "cluster_size=512"),

@@ -1,13 +1,13 @@
 //! qcow2 images (`docs/interop/qcow2` of QEMU), read and written through imago.
 //!
-//! imago is told nothing that has not been checked ([`header`]), and what an image refers to is opened by [`crate::open`], so that
+//! imago is told nothing that has not been checked (`header`), and what an image refers to is opened by `open`, so that
 //! whatever is below can have any format. If it panics nevertheless, over metadata that contradict themselves, the image fails every
 //! request from then on.
 //!
 //! What is written is in the file when the write is done, but for the metadata that say where it is, which imago keeps and a flush
 //! writes. The host's caches may write both in any order, so in case the power is lost the refcounts could be too low, and clusters be
 //! given away twice. Therefore the image is marked dirty from its first write until it is closed, as QEMU does with lazy refcounts, and
-//! an image that is found dirty has its refcounts raised to what they must be ([`metadata`]). Version 2 has no such mark.
+//! an image that is found dirty has its refcounts raised to what they must be (`metadata`). Version 2 has no such mark.
 
 pub(crate) mod header;
 pub(crate) mod metadata;

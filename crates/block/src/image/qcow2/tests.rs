@@ -5,7 +5,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::testing::{check, disk_read, disk_write, have_qemu, open, options, qemu_io, read, tool, write};
+use crate::testing::{
+    check, disk_read, disk_write, have_qemu, open, options, qemu_io, read, scratch, tool, write,
+};
 use crate::{DiskOptions, Image, SnapshotChange, open_image};
 
 const MIB: u64 = 1 << 20;
@@ -16,7 +18,7 @@ struct Bed {
 
 impl Bed {
     fn new() -> Self {
-        Bed { directory: tempfile::tempdir().unwrap() }
+        Bed { directory: scratch() }
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::layout::{FILE_PARAMETERS, PARENT_LOCATOR, VHDX_LOCATOR, checksum, guid_at, le16, le32};
 use super::*;
-use crate::testing::{have_qemu, options, qemu_io, read, tool, write};
+use crate::testing::{have_qemu, options, qemu_io, read, scratch, tool, write};
 use crate::{DiskOptions, open_image};
 
 fn create(directory: &tempfile::TempDir, name: &str, option: &str, size: &str) -> PathBuf {
@@ -24,7 +24,7 @@ fn what_we_write_qemu_reads_and_the_other_way_round() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     for (index, option) in ["block_size=1M", "block_size=8M", "subformat=fixed,block_size=2M", "log_size=2M"]
         .into_iter()
         .enumerate()
@@ -73,7 +73,7 @@ fn large_disks() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = create(&directory, "large.vhdx", "block_size=256M", "9T");
     let image = open(&path);
     for terabyte in [0u64, 1, 4, 8] {
@@ -161,7 +161,7 @@ fn differencing_images() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let parent = create(&directory, "parent.vhdx", "block_size=1M", "8M");
     qemu_io("vhdx", &parent, &["write -P 1 0 4M"]);
     let child = create(&directory, "child.vhdx", "block_size=1M,block_state_zero=off", "9M");
@@ -238,7 +238,7 @@ fn a_log_is_replayed_as_qemu_does() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = create(&directory, "log.vhdx", "block_size=1M", "8M");
     qemu_io("vhdx", &path, &["write -P 7 0 1M"]);
     let mut bytes = fs::read(&path).unwrap();
@@ -301,7 +301,7 @@ fn lying_tables() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = create(&directory, "l.vhdx", "block_size=1M", "8M");
     qemu_io("vhdx", &path, &["write -P 1 0 2M"]);
     let good = fs::read(&path).unwrap();

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::*;
-use crate::testing::{have_qemu, options, qemu_io, read, tool, write};
+use crate::testing::{have_qemu, options, qemu_io, read, scratch, tool, write};
 use crate::{DiskOptions, open_image};
 
 const MIB: u64 = 1 << 20;
@@ -21,7 +21,7 @@ fn what_we_write_qemu_reads_and_the_other_way_round() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     for subformat in ["monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
         let path = create(&directory, subformat);
         qemu_io("vmdk", &path, &["write -P 0x11 1M 100k", "write -P 0x12 79M 64k"]);
@@ -65,7 +65,7 @@ fn stream_optimized_images_are_read() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let raw = directory.path().join("raw");
     let contents: Vec<u8> =
         (0..5 * MIB + 4096).map(|at| if at / 65536 % 3 == 1 { 0 } else { (at / 100) as u8 }).collect();
@@ -82,7 +82,7 @@ fn stream_optimized_images_are_read() {
 
 #[test]
 fn what_cannot_be_used_is_refused_in_one_line() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = directory.path().join("x.vmdk");
     fs::write(directory.path().join("flat"), [0; 4096]).unwrap();
     let refusal = |descriptor: &str| {
@@ -121,7 +121,7 @@ fn lying_extents() {
     if !have_qemu() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
+    let directory = scratch();
     let path = create(&directory, "monolithicSparse");
     qemu_io("vmdk", &path, &["write -P 1 0 1M"]);
     let good = fs::read(&path).unwrap();
