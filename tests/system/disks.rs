@@ -66,6 +66,11 @@ fn debian_on_nvme() -> Result<(), Error> {
     debian("disk-nvme", "nvme,{},ser=SN42", &[])
 }
 
+#[test]
+fn debian_on_ahci() -> Result<(), Error> {
+    debian("disk-ahci", "ahci-hd,{},ser=SN43", &[])
+}
+
 /// A file system in memory, which can be made larger. Unmounted when dropped.
 struct SmallDisk(tempfile::TempDir);
 

@@ -190,3 +190,18 @@ fn nvme() -> Result<(), Error> {
     };
     setup.cut(directory.path(), file_system_recovers)
 }
+
+#[test]
+fn ahci() -> Result<(), Error> {
+    let directory = tempfile::tempdir().expect("a directory");
+    raw_images(directory.path());
+    let setup = Setup {
+        name: "cut-ahci",
+        // The cloud kernel has no AHCI.
+        kernel: Kernel::Generic,
+        modules: "ahci,sd_mod,crc32c_generic,ext4",
+        disks: ["FILES", "DEVICE"],
+        options: &["-s", "4,ahci,hd:{}/files,model=FILES,hd:{}/device,model=DEVICE,nocache"],
+    };
+    setup.cut(directory.path(), file_system_recovers)
+}
