@@ -39,7 +39,7 @@ fn wrong_uses_are_told_in_one_line() {
         ("-c 2,sockets=3 --kernel ok g", &["sockets", "3"]),
         ("-s 32,lpc --kernel ok g", &["32", "0 to 31"]),
         ("-s 3,nosuch --kernel ok g", &["nosuch"]),
-        ("-s 3,virtio-blk,disk.img --kernel ok g", &["virtio-blk", "not available in this build"]),
+        ("-s 3,virtio-blk,disk.img --kernel ok g", &["disk.img", "does not exist"]),
         ("-s 3:0,e1000,tap0 --kernel ok g", &["e1000", "not available in this build"]),
         ("-s 1:0:0,hostbridge --kernel ok g", &["bus 1", "not available in this build"]),
         ("-l bootrom,OVMF.fd --kernel ok g", &["bootrom", "not available in this build"]),
