@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use guest::{Error, Kernel, Machine, Places, Root};
+use guest::{End, Error, Kernel, Machine, Places, Root};
 
 use crate::{assert_status, status};
 
@@ -124,6 +124,36 @@ fn a_machine_waits_for_space() -> Result<(), Error> {
         let well = ended.console.lines().filter(|line| line.trim_end() == "apiary: status: 0").count();
         assert_eq!(well, 2, "{}", ended.console);
         assert!(std::fs::metadata(&image).expect("the image").len() == 32 << 20);
+    }
+    Ok(())
+}
+
+/// An image that is made larger while the guest runs: the guest sees it at once.
+#[test]
+fn a_guest_sees_its_disk_grow() -> Result<(), Error> {
+    for (name, device, modules, disk) in [
+        ("grow-virtio-blk", "virtio-blk", "virtio_pci,virtio_blk", "vda"),
+        ("grow-nvme", "nvme", "button", "nvme0n1"),
+    ] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let image = directory.path().join("image");
+        let file = std::fs::File::create(&image).expect("an image");
+        file.set_len(8 << 20).expect("its size");
+        let mut running = Machine::new(name)
+            .words(&format!("apiary.load={modules}"))
+            .end(End::Commands)
+            .options(&["-s", &format!("4,{device},{}", image.display())])
+            .start()?;
+        running.wait_for("apiary: commands")?;
+        let size = format!("cat /sys/block/{disk}/size");
+        assert_eq!(running.command(&size)?.output.trim(), "16384");
+        file.set_len(24 << 20).expect("its size");
+        let seen = running.command(&format!("until [ \"$({size})\" = 49152 ]; do sleep 0.05; done"))?;
+        assert_eq!(seen.status, 0);
+        let end = format!("dd if=/dev/zero of=/dev/{disk} bs=1M seek=23 count=1 conv=notrunc");
+        assert_eq!(running.command(&end)?.status, 0, "what is new can be written");
+        running.close_input();
+        running.wait()?;
     }
     Ok(())
 }

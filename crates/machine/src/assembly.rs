@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Weak};
 
-use block::SectorSize;
+use block::{Disk, SectorSize};
 use config::settings::PciSlot;
 use config::{Node, PciAddress, SerialBackend, Tree, VmSettings};
 use console::Console;
@@ -74,11 +74,16 @@ fn pci_config(slot: &PciSlot) -> impl Fn(ConfigError) -> MachineError {
 fn ahci(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
     let ports = context.tree.node(&slot.node).node("port");
     let mut drives = Vec::new();
+    let mut disks = Vec::new();
     for number in 0..devices::ahci::MAX_PORTS {
         let port = ports.node(&number.to_string());
         drives.push(match port.string("type")?.as_deref() {
             None => None,
-            Some("hd") => Some(hard_disk(context, slot, number, &port)?),
+            Some("hd") => {
+                let (disk, identity) = hard_disk(context, slot, number, &port)?;
+                disks.push((number, disk.clone()));
+                Some(Drive::Disk(disk, identity))
+            }
             Some(_) => return Err(MachineError::NotAvailable("device ahci-cd".into())),
         });
     }
@@ -91,7 +96,16 @@ fn ahci(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, Mac
         AhciError::Config(source) => pci_config(slot)(source),
         other => MachineError::Device(other.to_string()),
     })?;
-    Ok(Arc::new(ahci))
+    let ahci = Arc::new(ahci);
+    for (number, disk) in disks {
+        let resized = Arc::downgrade(&ahci);
+        context.disks.on_resize(&disk, move || {
+            if let Some(ahci) = resized.upgrade() {
+                ahci.resized(number);
+            }
+        });
+    }
+    Ok(ahci)
 }
 
 /// A hard disk on a port of an AHCI adapter.
@@ -100,7 +114,7 @@ fn hard_disk(
     slot: &PciSlot,
     number: usize,
     port: &Node<'_>,
-) -> Result<Drive, MachineError> {
+) -> Result<(Arc<Disk>, DiskIdentity), MachineError> {
     let disk = context.disks.open(&format!("{}.{number}", slot.address), port, context.memory, |_| ())?;
     let serial = match port.string("ser")? {
         Some(serial) => serial,
@@ -116,7 +130,7 @@ fn hard_disk(
     if let Some(rate) = port.integer("nmrr", 0..=u16::MAX.into())? {
         identity.rotation_rate = u16::try_from(rate).unwrap_or_default();
     }
-    Ok(Drive::Disk(disk, identity))
+    Ok((disk, identity))
 }
 
 fn nvme(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
@@ -153,7 +167,14 @@ fn nvme(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, Mac
         },
     };
     let identity = identity(context.tree, &slot.node, nvme::IDENTITY)?;
-    Ok(Nvme::new(disk, context.memory.clone(), identity, config).map_err(pci_config(slot))?)
+    let nvme = Nvme::new(disk.clone(), context.memory.clone(), identity, config).map_err(pci_config(slot))?;
+    let resized = Arc::downgrade(&nvme);
+    context.disks.on_resize(&disk, move || {
+        if let Some(nvme) = resized.upgrade() {
+            nvme.resized();
+        }
+    });
+    Ok(nvme)
 }
 
 /// An identifier of a namespace that has been given none: its vendor part is the one of bhyve's (FreeBSD's OUI), the rest made of
@@ -174,7 +195,13 @@ fn virtio_blk(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice
         None => disks::serial("APIARY", &node)?,
     };
     let config = BlkConfig { queues: u16::try_from(queues).unwrap_or(1), serial };
-    let device = Arc::new(Blk::new(disk, context.memory.clone(), config));
+    let device = Arc::new(Blk::new(disk.clone(), context.memory.clone(), config));
+    let resized = Arc::downgrade(&device);
+    context.disks.on_resize(&disk, move || {
+        if let Some(device) = resized.upgrade() {
+            device.resized();
+        }
+    });
     let identity = identity(context.tree, &slot.node, VirtioPci::identity(&*device))?;
     let msix = context.settings.virtio_msix;
     Ok(Arc::new(VirtioPci::new(device, identity, context.memory, msix).map_err(pci_config(slot))?))

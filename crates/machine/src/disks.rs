@@ -1,7 +1,8 @@
-//! The machine's disks: opened from a device's variables, stopped for and tried again when the host fails, closed at the end.
+//! The machine's disks: opened from a device's variables, looked after (stopped for and tried again when the host fails, told of when they
+//! have another size), closed at the end.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -18,6 +19,9 @@ use crate::lifecycle::Lifecycle;
 
 /// How often a machine that waits for space looks whether there is some.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How often disks are asked for their size. The kernel tells of a file's size only together with every write to it, and of a
+/// block device's not at all.
+const SIZE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The largest disk in memory (`ram=`), in MiB: 16 TiB.
 const MAX_RAM_MIB: i64 = 16 << 20;
@@ -39,9 +43,15 @@ impl TroubleSink for Troubles {
     }
 }
 
+/// A disk, and who is to be told when it has another size.
+struct Open {
+    disk: Arc<Disk>,
+    resized: Vec<Arc<dyn Fn() + Send + Sync>>,
+}
+
 /// The disks of a machine.
 pub(crate) struct Disks {
-    open: Mutex<Vec<Arc<Disk>>>,
+    open: Mutex<Vec<Open>>,
     troubles: Arc<Troubles>,
     received: Mutex<Option<Receiver<Trouble>>>,
 }
@@ -56,8 +66,31 @@ impl Disks {
         })
     }
 
+    fn open_disks(&self) -> MutexGuard<'_, Vec<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn all(&self) -> Vec<Arc<Disk>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.open_disks().iter().map(|open| open.disk.clone()).collect()
+    }
+
+    /// Has `resized` called when a disk has another size, from then on.
+    pub fn on_resize(&self, disk: &Arc<Disk>, resized: impl Fn() + Send + Sync + 'static) {
+        if let Some(open) = self.open_disks().iter_mut().find(|open| Arc::ptr_eq(&open.disk, disk)) {
+            open.resized.push(Arc::new(resized));
+        }
+    }
+
+    /// Looks whether disks have another size.
+    fn look_at_sizes(&self) {
+        let mut tell = Vec::new();
+        for open in self.open_disks().iter() {
+            if let Some(bytes) = open.disk.refresh_size() {
+                tracing::warn!("disk {} has {bytes} bytes now", open.disk.name());
+                tell.extend(open.resized.iter().cloned());
+            }
+        }
+        tell.iter().for_each(|resized| resized());
     }
 
     /// Opens the disk that the variables of `node` describe. `name` is how messages call it, and its threads.
@@ -77,11 +110,11 @@ impl Disks {
         let disk = Arc::new(Disk::open(options, memory.clone(), self.troubles.clone())?);
         disk.set_limits(limits)
             .map_err(MachineError::host("starting the thread that keeps a disk's limits"))?;
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).push(disk.clone());
+        self.open_disks().push(Open { disk: disk.clone(), resized: Vec::new() });
         Ok(disk)
     }
 
-    /// Starts what stops the machine when a disk is in trouble.
+    /// Starts what looks after the disks.
     ///
     /// # Errors
     /// The host refuses the thread.
@@ -93,20 +126,28 @@ impl Disks {
         let received = self.received.lock().unwrap_or_else(PoisonError::into_inner).take();
         let disks = self.clone();
         let thread = thread::Builder::new()
-            .name("disk-trouble".into())
+            .name("disks".into())
             .spawn(move || {
                 if let Some(received) = received {
-                    disks.stop_and_retry(&received, &lifecycle, &timers);
+                    disks.look_after(&received, &lifecycle, &timers);
                 }
             })
             .map_err(MachineError::host("starting the thread that watches disks"))?;
         Ok(Watch { troubles: self.troubles.clone(), thread: Some(thread) })
     }
 
-    /// The thread: stops the machine when a disk is in trouble. If space is all that is missing it looks again and again, and
-    /// lets the machine go on when there is some; other failures wait for somebody who resumes the machine.
-    fn stop_and_retry(&self, received: &Receiver<Trouble>, lifecycle: &Lifecycle, timers: &Timers) {
-        while let Ok(Trouble { disk, error }) = received.recv() {
+    /// The thread: looks for new sizes, and stops the machine when a disk is in trouble. If space is all that is missing it looks
+    /// again and again, and lets the machine go on when there is some; other failures wait for somebody who resumes the machine.
+    fn look_after(&self, received: &Receiver<Trouble>, lifecycle: &Lifecycle, timers: &Timers) {
+        loop {
+            let Trouble { disk, error } = match received.recv_timeout(SIZE_INTERVAL) {
+                Ok(trouble) => trouble,
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.look_at_sizes();
+                    continue;
+                }
+            };
             // Paused already: then whoever resumes it tries again.
             let stopped = lifecycle.pause(|| timers.stop()).is_ok();
             let space = error == IoError::NoSpace;
@@ -163,11 +204,11 @@ impl Disks {
                 tracing::error!("disk {}: making it stable: {error}", disk.name());
             }
         }
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.open_disks().clear();
     }
 }
 
-/// The thread that stops the machine for a disk. Dropping it ends the thread.
+/// The thread that looks after the disks. Dropping it ends the thread.
 pub(crate) struct Watch {
     troubles: Arc<Troubles>,
     thread: Option<JoinHandle<()>>,

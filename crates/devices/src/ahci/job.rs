@@ -119,15 +119,13 @@ impl Job {
 
     /// Goes on until something has to be waited for, or to the end.
     pub fn run(self: &Arc<Self>) {
-        let mut first = true;
         loop {
-            let memory = self.controller.memory();
+            // What a reset has ended is not gone on with.
+            let lives = self.controller.lives(self.ticket);
             let step = {
                 let mut work = lock(&self.work);
-                // What a reset has ended is not gone on with.
-                if !first && !self.controller.lives(self.ticket) { work.end() } else { work.next(memory) }
+                if lives { work.next(self.controller.memory()) } else { work.end() }
             };
-            first = false;
             // Whoever comes second, the request's end or the return from submitting it, goes on: so steps that end at once make
             // no recursion.
             let met = Arc::new(AtomicBool::new(false));
@@ -185,7 +183,9 @@ impl Work {
         if self.failure.is_some() {
             return self.end();
         }
-        if let Left::Start(todo) = std::mem::replace(&mut self.left, Left::Nothing) {
+        if let Left::Start(todo) = &mut self.left {
+            let todo = std::mem::replace(todo, Todo::Nothing);
+            self.left = Left::Nothing;
             match self.start(todo, memory) {
                 Ok(Some(step)) => return step,
                 Ok(None) => {}

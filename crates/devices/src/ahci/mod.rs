@@ -42,7 +42,6 @@ use crate::snapshot::{Persist, SnapshotError};
 use ata::AtaDisk;
 use atapi::AtapiDevice;
 use bits::{PORT_STRIDE, PORTS};
-
 use controller::Controller;
 use device::Device;
 

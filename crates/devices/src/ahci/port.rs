@@ -406,7 +406,7 @@ impl Port {
         let after = self.registers.slot.map_or(0, |slot| (slot + 1) % SLOTS);
         let ahead = self.registers.issue.rotate_right(after.into()).trailing_zeros();
         let slot = (after + ahead as u8) % SLOTS;
-        let header = self.registers.command_list | u64::from(slot) * header::BYTES;
+        let header = self.registers.command_list | (u64::from(slot) * header::BYTES);
         let Some((flags, table_address, frame, packet)) = read_command(memory, header) else {
             self.registers.slot = Some(slot);
             self.fault(interrupt::HBFS);

@@ -31,6 +31,7 @@ const MEMORY_BYTES: u64 = 16 << 20;
 /// An adapter with one drive on port 0.
 struct Bench {
     ahci: Arc<Ahci>,
+    disk: Option<Arc<Disk>>,
     memory: GuestMemory,
     clock: Arc<ManualClock>,
     line: Arc<Line>,
@@ -90,13 +91,14 @@ impl Frame {
 impl Bench {
     fn new(drive: Option<Drive>, memory: &GuestMemory) -> Self {
         let clock = ManualClock::new(0);
+        let disk = if let Some(Drive::Disk(disk, _)) = &drive { Some(disk.clone()) } else { None };
         let drives = vec![drive];
         let ahci = Arc::new(Ahci::new(Ahci::identity(), drives, memory.clone(), clock.clone()).unwrap());
         let (line, messages) = (Line::new(), Messages::new());
         ahci.function().connect_intx(line.clone() as Arc<dyn IrqLine>);
         ahci.function().connect_messages(messages.clone() as Arc<dyn MsiSink>);
         ahci.config_write(COMMAND as u16, &(command::MEMORY_SPACE | command::BUS_MASTER).to_le_bytes());
-        Bench { ahci, memory: memory.clone(), clock, line, messages }
+        Bench { ahci, disk, memory: memory.clone(), clock, line, messages }
     }
 
     /// With a disk of a bed, started.
@@ -137,6 +139,7 @@ impl Bench {
         self.set_port(port::SERR, u32::MAX);
         self.set_port(port::IE, u32::MAX);
         self.set_port(port::CMD, cmd::FRE | cmd::ST);
+        self.fill(FRAMES, &[0; 256]);
     }
 
     /// Clears and sets ST, as drivers do after an error, and acknowledges interrupts.
@@ -180,6 +183,8 @@ impl Bench {
     }
 
     fn answer(&self) -> Answer {
+        // Large requests run on the disk's own threads.
+        self.disk.iter().for_each(|disk| disk.drain());
         let frame = self.frame::<20>(0x40);
         let answer = Answer {
             status: self.port(port::TFD) as u8,
