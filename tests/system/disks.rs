@@ -152,8 +152,8 @@ fn a_guest_sees_its_disk_grow() -> Result<(), Error> {
         assert_eq!(seen.status, 0);
         let end = format!("dd if=/dev/zero of=/dev/{disk} bs=1M seek=23 count=1 conv=notrunc");
         assert_eq!(running.command(&end)?.status, 0, "what is new can be written");
-        running.close_input();
-        running.wait()?;
+        running.send("poweroff -f\n")?;
+        assert_status(&running.wait()?, status::POWEROFF);
     }
     Ok(())
 }
