@@ -274,6 +274,19 @@ fn a_broken_ring_asks_for_a_reset() {
 }
 
 #[test]
+fn a_buffer_of_an_earlier_life_is_not_given_back() {
+    let bed = bed(true);
+    let mut ring = bed.start(feature::VERSION_1, Layout::Split);
+    ring.offer(&[], &[(0, 1)]);
+    let mut held = Vec::new();
+    bed.device.queues[1].drain(|buffer| held.push(buffer));
+    assert_eq!(held.len(), 1);
+    let mut ring = bed.start(feature::VERSION_1, Layout::Split);
+    bed.device.queues[1].push(&held[0], 1);
+    assert_eq!(ring.used(), None);
+}
+
+#[test]
 fn nothing_is_touched_without_bus_mastering_or_driver() {
     let bed = bed(true);
     bed.negotiate(feature::VERSION_1);
