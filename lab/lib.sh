@@ -189,26 +189,24 @@ need_rust() {
     need cc gcc
 }
 
-# need_qemu: QEMU's system emulator. It shares files with qemu-utils, so it has to be of the same version where that is
-# installed; elsewhere the newest that the index has is taken.
+# need_qemu: QEMU's system emulator, and its tools for images. They share files, so both have to be of the same version: that of
+# the one which is installed, or the newest that the index has.
 need_qemu() {
-    ! have qemu-system-x86_64 || return 0
+    ! have qemu-system-x86_64 || ! have qemu-img || return 0
     locked packages install_qemu
 }
 
 install_qemu() {
     package_index qemu-system-x86
     local version
-    version=$(dpkg-query -W -f '${Version}' qemu-utils 2>/dev/null || true)
+    version=$(dpkg-query -W -f '${Version}\n' qemu-utils qemu-system-x86 2>/dev/null | grep -m1 . || true)
     [ -n "$version" ] || version=$(candidate qemu-system-x86 backports)
     [ -n "$version" ] || version=$(candidate qemu-system-x86)
     if [[ $version == *~bpo* ]]; then
         # Its companions (qemu-system-data, seabios) then have to come from backports as well.
         apt_options+=(-o "APT::Default-Release=$(. /etc/os-release && printf '%s' "$VERSION_CODENAME")-backports")
-        install_packages "qemu-system-x86=$version"
-    else
-        install_packages "qemu-system-x86=$version"
     fi
+    install_packages "qemu-system-x86=$version" "qemu-utils=$version"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
