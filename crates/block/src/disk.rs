@@ -195,6 +195,27 @@ impl Disk {
         self.throttle.hurry(false);
     }
 
+    /// Ends every request that was submitted, as a reset of the controller has to: afterwards none of them touches guest memory
+    /// any more. Waits for those on their way; those held back after a failure end with [`IoError::Aborted`].
+    pub fn abort(&self) {
+        loop {
+            self.drain();
+            let held = {
+                let mut progress = self.shared.lock();
+                progress.in_flight += progress.held.len();
+                std::mem::take(&mut progress.held)
+            };
+            if held.is_empty() {
+                // What somebody has begun to try again in between counts as on its way.
+                if self.shared.lock().in_flight == 0 {
+                    return;
+                }
+                continue;
+            }
+            held.into_iter().for_each(|job| self.shared.finish(job, Err(IoError::Aborted)));
+        }
+    }
+
     /// The end: waits for what is on its way, forgets what is held back, makes all stable.
     ///
     /// # Errors

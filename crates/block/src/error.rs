@@ -21,9 +21,9 @@ pub enum IoError {
     /// The host has no space left (ENOSPC, EDQUOT).
     #[error("no space left on the host")]
     NoSpace,
-    /// There is no medium.
-    #[error("no medium")]
-    NoMedium,
+    /// The controller has given it up.
+    #[error("the request was given up")]
+    Aborted,
     /// The host failed otherwise.
     #[error("{0}")]
     Host(String),

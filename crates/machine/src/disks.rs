@@ -161,9 +161,12 @@ impl Disks {
 
     fn wait_for_space(&self, received: &Receiver<Trouble>, lifecycle: &Lifecycle, timers: &Timers) {
         loop {
-            // The wait is the interval; what comes meanwhile is of the same trouble.
             match received.recv_timeout(RETRY_INTERVAL) {
-                Ok(_) => continue,
+                // Of the same trouble; the machine runs if somebody has resumed it, and has to stop again.
+                Ok(_) => {
+                    let _ = lifecycle.pause(|| timers.stop());
+                    continue;
+                }
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }

@@ -127,7 +127,7 @@ impl Nvme {
             let queue = state.submission.get_mut(&id).filter(|_| id != 0).ok_or(Status::QUEUE_IDENTIFIER)?;
             queue.tail = queue.head;
         }
-        self.disk.drain();
+        self.disk.abort();
         let mut state = lock(&self.state);
         if let Some(queue) = state.submission.remove(&id)
             && let Some(to) = state.completion.get_mut(&queue.completions)

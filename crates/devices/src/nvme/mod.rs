@@ -241,7 +241,7 @@ impl Nvme {
             state.status &= !csts::RDY;
             state.submission.clear();
         }
-        self.disk.drain();
+        self.disk.abort();
         let mut state = lock(&self.state);
         let kept = std::mem::take(&mut *state);
         *state = State {

@@ -158,7 +158,7 @@ impl VirtioDevice for Blk {
     }
 
     fn drain(&self) {
-        self.disk.drain();
+        self.disk.abort();
     }
 
     fn reset(&self) {

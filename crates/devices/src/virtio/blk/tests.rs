@@ -286,3 +286,20 @@ fn a_reset_waits_for_requests_and_later_ones_do_not_answer() {
     let answered = std::iter::from_fn(|| bed.ring.used()).count();
     assert_eq!(answered, 64);
 }
+
+/// A write that the host has failed and that waits for help is given up with the controller's reset: it is not tried again.
+#[test]
+fn a_reset_gives_up_what_is_held_back() {
+    let mut bed = bed(feature::FLUSH, |_| ());
+    bed.disk.contents.fail(ErrorKind::StorageFull);
+    bed.header(request::IN, 9);
+    bed.ring.offer(&[(HEADER, 16)], &[(DATA, 512), (STATUS, 1)]);
+    bed.notify();
+    assert_eq!(bed.disk.troubles.0.lock().unwrap().len(), 1);
+    bed.device.bar_write(MODERN_BAR, common::DEVICE_STATUS, &[0]);
+    bed.disk.contents.accesses();
+    bed.disk.disk.retry();
+    bed.disk.disk.drain();
+    assert!(bed.disk.contents.accesses().is_empty(), "nothing is tried again");
+    assert_eq!(bed.bytes(DATA, 512), [0; 512]);
+}
