@@ -15,6 +15,7 @@ use vm_memory::VolatileSlice;
 use xts_mode::{Xts128, get_tweak_default};
 use zeroize::Zeroizing;
 
+use super::fault::{Fault, invalid, unsupported};
 use super::raw::RawImage;
 use super::{Image, Place, write_zero_bytes};
 use crate::{OpenError, Secret};
@@ -120,18 +121,6 @@ impl Cipher {
     }
 }
 
-/// What is wrong with an image.
-enum Fault {
-    Invalid(&'static str),
-    Unsupported(String),
-}
-
-impl From<io::Error> for Fault {
-    fn from(error: io::Error) -> Self {
-        Fault::Unsupported(format!("cannot be read: {error}"))
-    }
-}
-
 fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
 }
@@ -147,7 +136,7 @@ fn unlock(file: &RawImage, secret: &Secret) -> Result<(Cipher, u64), Fault> {
     let mut header = [0; HEADER_BYTES];
     file.read_bytes(0, &mut header)?;
     if !header.starts_with(MAGIC) {
-        return Err(Fault::Invalid("it does not begin as such an image does"));
+        return invalid("it does not begin as such an image does");
     }
     let version = u16::from_be_bytes([header[6], header[7]]);
     if version != 1 {
@@ -176,7 +165,7 @@ fn unlock(file: &RawImage, secret: &Secret) -> Result<(Cipher, u64), Fault> {
     }
     let start = u64::from(be32(&header, 104)) * SECTOR;
     if start < HEADER_BYTES as u64 || start >= file.size() {
-        return Err(Fault::Invalid("the encrypted disk does not begin within the file"));
+        return invalid("the encrypted disk does not begin within the file");
     }
     for slot in header[SLOTS_AT..].chunks_exact(SLOT_BYTES).take(SLOTS) {
         if be32(slot, 0) != SLOT_IN_USE {
@@ -186,25 +175,26 @@ fn unlock(file: &RawImage, secret: &Secret) -> Result<(Cipher, u64), Fault> {
             (be32(slot, 4), u64::from(be32(slot, 40)) * SECTOR, u64::from(be32(slot, 44)));
         let len = stripes.saturating_mul(key_bytes as u64);
         if stripes == 0 || len > MAX_SLOT_DATA || at + len > start || rounds == 0 || rounds > MAX_ROUNDS {
-            return Err(Fault::Invalid("a key slot is not possible"));
+            return invalid("a key slot is not possible");
         }
         let mut slot_key = Zeroizing::new(vec![0; key_bytes]);
         hash.derive(secret.bytes(), &slot[8..40], rounds, &mut slot_key);
         let mut material = Zeroizing::new(vec![0; len.next_multiple_of(SECTOR) as usize]);
         file.read_bytes(at, &mut material)?;
         let Some(cipher) = Cipher::new(&slot_key) else {
-            return Err(Fault::Invalid("a key has no possible length"));
+            return invalid("a key has no possible length");
         };
         cipher.decrypt(&mut material, 0);
         let key = merge(hash, &material[..len as usize], key_bytes);
         let digest_rounds = be32(&header, 164);
         if digest_rounds == 0 || digest_rounds > MAX_ROUNDS {
-            return Err(Fault::Invalid("the digest of its key is not possible"));
+            return invalid("the digest of its key is not possible");
         }
         let mut digest = [0; 20];
         hash.derive(&key, &header[132..164], digest_rounds, &mut digest);
         if digest == header[112..132] {
-            let cipher = Cipher::new(&key).ok_or(Fault::Invalid("a key has no possible length"))?;
+            let cipher =
+                Cipher::new(&key).ok_or_else(|| Fault::Invalid("a key has no possible length".into()))?;
             return Ok((cipher, start));
         }
     }
@@ -237,18 +227,12 @@ pub struct LuksImage {
 impl LuksImage {
     /// The image in `file`, which is at `path`.
     pub(crate) fn open(file: RawImage, path: &Path, secret: Option<&Secret>) -> Result<Self, OpenError> {
-        let path = path.to_owned();
-        let Some(secret) = secret else {
-            let reason = "is encrypted; give its passphrase".to_owned();
-            return Err(OpenError::Unsupported { path, reason });
+        let unlocked = match secret {
+            Some(secret) => unlock(&file, secret),
+            None => unsupported("is encrypted; give its passphrase"),
         };
-        match unlock(&file, secret) {
-            Ok((cipher, start)) => Ok(LuksImage { file, cipher, start }),
-            Err(Fault::Invalid(reason)) => {
-                Err(OpenError::Format { path, format: "luks", reason: reason.into() })
-            }
-            Err(Fault::Unsupported(reason)) => Err(OpenError::Unsupported { path, reason }),
-        }
+        let (cipher, start) = unlocked.map_err(|fault| fault.of(path, "luks"))?;
+        Ok(LuksImage { file, cipher, start })
     }
 
     /// Has pieces of a range done: the offset on the disk, and memory of as many bytes.

@@ -1,5 +1,6 @@
 //! Image formats.
 
+pub(crate) mod fault;
 pub mod luks;
 #[cfg(test)]
 mod model_tests;
@@ -149,6 +150,23 @@ pub enum SnapshotChange<'a> {
     Apply(&'a str),
     /// Forgets it.
     Delete(&'a str),
+}
+
+/// Has each unit (cluster, grain, block) that a range touches do its part: its number, where in it, how many bytes.
+pub(crate) fn each_unit(
+    unit: u64,
+    offset: u64,
+    len: u64,
+    mut part: impl FnMut(u64, u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let (mut at, end) = (offset, offset + len);
+    while at < end {
+        let within = at % unit;
+        let now = (unit - within).min(end - at);
+        part(at / unit, within, now)?;
+        at += now;
+    }
+    Ok(())
 }
 
 /// Makes a buffer all zeros.

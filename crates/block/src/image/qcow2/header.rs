@@ -1,9 +1,8 @@
 //! The header of a qcow2 image: read and held against the specification (`docs/interop/qcow2` of QEMU) before anything else looks at
 //! the image. Everything in it may be a lie.
 
-use std::io;
-
 use crate::image::Image;
+use crate::image::fault::{Fault, invalid, unsupported};
 use crate::image::raw::RawImage;
 
 /// "QFI\xfb".
@@ -64,31 +63,6 @@ pub(crate) struct Header {
     pub data_file: Option<Option<String>>,
 }
 
-/// Why a header is refused.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    /// It contradicts the specification.
-    Invalid(String),
-    /// It is fine, and beyond us.
-    Unsupported(String),
-    /// The host failed to read it.
-    Host(String),
-}
-
-impl From<io::Error> for Refusal {
-    fn from(error: io::Error) -> Self {
-        Refusal::Host(error.to_string())
-    }
-}
-
-fn invalid<T>(reason: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal::Invalid(reason.into()))
-}
-
-fn unsupported<T>(reason: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal::Unsupported(reason.into()))
-}
-
 /// A big-endian number at a place within `bytes`, which is there.
 pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
@@ -101,7 +75,7 @@ pub(crate) fn be64(bytes: &[u8], at: usize) -> u64 {
 
 impl Header {
     /// Reads and checks it.
-    pub fn read(file: &RawImage) -> Result<Header, Refusal> {
+    pub fn read(file: &RawImage) -> Result<Header, Fault> {
         let file_bytes = file.size();
         if file_bytes < u64::from(V2_BYTES) {
             return invalid("the file ends within the header");
@@ -171,7 +145,7 @@ impl Header {
         self.cluster() / 8
     }
 
-    fn check_features(&self, encryption: u32) -> Result<(), Refusal> {
+    fn check_features(&self, encryption: u32) -> Result<(), Fault> {
         match encryption {
             0 => {}
             1 => {
@@ -204,7 +178,7 @@ impl Header {
         Ok(())
     }
 
-    fn check_tables(&self, file_bytes: u64) -> Result<(), Refusal> {
+    fn check_tables(&self, file_bytes: u64) -> Result<(), Fault> {
         let cluster = self.cluster();
         let file_end = file_bytes.next_multiple_of(cluster);
         // A table lies in the file if it has entries at all.
@@ -251,7 +225,7 @@ impl Header {
     }
 
     /// Reads the name of the backing file; returns where the header extensions end at the latest.
-    fn read_backing(&mut self, cluster: &[u8], offset: u64, len: u32) -> Result<usize, Refusal> {
+    fn read_backing(&mut self, cluster: &[u8], offset: u64, len: u32) -> Result<usize, Fault> {
         if offset == 0 {
             return Ok(cluster.len());
         }
@@ -269,7 +243,7 @@ impl Header {
         Ok(offset as usize)
     }
 
-    fn read_extensions(&mut self, header: &[u8], mut at: usize) -> Result<(), Refusal> {
+    fn read_extensions(&mut self, header: &[u8], mut at: usize) -> Result<(), Fault> {
         for _ in 0..MAX_EXTENSIONS {
             // Version 2 images of old have none, and the name of the backing file follows at once.
             let Some(head) = header.get(at..at + 8) else { return Ok(()) };
@@ -281,7 +255,7 @@ impl Header {
             let Some(data) = data else { return invalid("a header extension is not within the header") };
             let text = || match std::str::from_utf8(data) {
                 Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
-                _ => Err(Refusal::Invalid("a name in a header extension is not text".into())),
+                _ => Err(Fault::Invalid("a name in a header extension is not text".into())),
             };
             match kind {
                 EXTENSION_BACKING_FORMAT => self.backing_format = Some(text()?),

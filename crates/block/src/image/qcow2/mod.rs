@@ -30,9 +30,10 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
 use vm_memory::VolatileSlice;
 
-use self::header::{DIRTY, Header, INCOMPATIBLE_AT, Refusal};
+use self::header::{DIRTY, Header, INCOMPATIBLE_AT};
 use self::metadata::Metadata;
 use self::storage::Store;
+use super::fault::Fault;
 use super::raw::RawImage;
 use super::{Image, Snapshot, SnapshotChange, write_zero_bytes};
 use crate::OpenError;
@@ -63,15 +64,15 @@ impl Qcow2Image {
         writable: bool,
         opening: &mut Opening,
     ) -> Result<Self, OpenError> {
-        let mut header = Header::read(&file).map_err(|refusal| refused(path, refusal))?;
+        let mut header = Header::read(&file).map_err(|fault| fault.of(path, "qcow2"))?;
         if writable && header.incompatible & DIRTY != 0 {
             tracing::warn!(
                 "disk image {}: was not closed properly; its refcounts are being checked",
                 path.display()
             );
-            let invalid = |e: io::Error| refused(path, Refusal::Invalid(e.to_string()));
+            let invalid = |e: io::Error| Fault::Invalid(e.to_string()).of(path, "qcow2");
             Metadata::new(&file, header.clone()).raise_refcounts().map_err(invalid)?;
-            header = Header::read(&file).map_err(|refusal| refused(path, refusal))?;
+            header = Header::read(&file).map_err(|fault| fault.of(path, "qcow2"))?;
         }
         let data_file = match &header.data_file {
             None => None,
@@ -99,7 +100,7 @@ impl Qcow2Image {
             failed: AtomicBool::new(false),
             dirty: Mutex::new(false),
         };
-        let access = image.begin().map_err(|e| refused(path, Refusal::Invalid(e.to_string())))?;
+        let access = image.begin().map_err(|e| Fault::Invalid(e.to_string()).of(path, "qcow2"))?;
         *image.exclusive() = Some(access);
         Ok(image)
     }
@@ -265,16 +266,6 @@ impl Qcow2Image {
 
 fn closed() -> io::Error {
     io::Error::other("the image could not be opened again after its metadata were changed")
-}
-
-/// What an image that was refused is told of.
-fn refused(path: &Path, refusal: Refusal) -> OpenError {
-    let path = path.to_owned();
-    match refusal {
-        Refusal::Invalid(reason) => OpenError::Format { path, format: "qcow2", reason },
-        Refusal::Unsupported(reason) => OpenError::Unsupported { path, reason },
-        Refusal::Host(reason) => OpenError::Open { path, source: io::Error::other(reason) },
-    }
 }
 
 impl Image for Qcow2Image {

@@ -6,7 +6,7 @@ use crate::image::Image;
 use crate::image::raw::RawImage;
 
 use super::log::Overlay;
-use super::{Fault, invalid, unsupported};
+use crate::image::fault::{Fault, invalid, unsupported};
 
 pub(super) const KIB: u64 = 1 << 10;
 pub(super) const MIB: u64 = 1 << 20;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::io;
 
 use super::layout::{Guid, Header, checksum, guid_at, le32, le64};
-use super::{Fault, invalid};
 use crate::image::Image;
+use crate::image::fault::{Fault, invalid};
 use crate::image::raw::RawImage;
 
 /// What the log is made of.

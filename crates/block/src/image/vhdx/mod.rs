@@ -22,10 +22,11 @@ use vm_memory::VolatileSlice;
 
 use self::layout::{Guid, Header, MIB, Metadata, Region, le64, regions};
 use self::log::Overlay;
+use super::fault::{Fault, invalid};
 use super::qcow2::storage::read_to_end;
 use super::raw::RawImage;
 use super::vmdk::Cut;
-use super::{Image, fill_zero, write_zero_bytes};
+use super::{Image, each_unit, fill_zero, write_zero_bytes};
 use crate::OpenError;
 use crate::open::{Opening, Reference};
 
@@ -47,26 +48,6 @@ const PAGE_ENTRIES: u64 = 512;
 const KEPT_PAGES: usize = 4096;
 /// Copied at a time.
 const COPY_BYTES: u64 = 1 << 20;
-
-/// What is wrong with an image.
-enum Fault {
-    Invalid(String),
-    Unsupported(String),
-}
-
-impl From<io::Error> for Fault {
-    fn from(error: io::Error) -> Self {
-        Fault::Invalid(error.to_string())
-    }
-}
-
-fn invalid<T>(reason: impl Into<String>) -> Result<T, Fault> {
-    Err(Fault::Invalid(reason.into()))
-}
-
-fn unsupported<T>(reason: impl Into<String>) -> Result<T, Fault> {
-    Err(Fault::Unsupported(reason.into()))
-}
 
 /// What changes while the image is in use.
 struct State {
@@ -104,17 +85,11 @@ impl VhdxImage {
         writable: bool,
         opening: &mut Opening,
     ) -> Result<Self, OpenError> {
-        let refused = |fault| match fault {
-            Fault::Invalid(reason) => OpenError::Format { path: path.to_owned(), format: "vhdx", reason },
-            Fault::Unsupported(reason) => OpenError::Unsupported { path: path.to_owned(), reason },
-        };
+        let refused = |fault: Fault| fault.of(path, "vhdx");
         let Found { header, bat, metadata, overlay, reserved } = look(&file, writable).map_err(refused)?;
         let parent = match &metadata.parent {
             None => None,
-            Some(locator) => Some(open_parent(path, locator, opening).map_err(|error| match error {
-                ParentError::Fault(fault) => refused(fault),
-                ParentError::Open(error) => error,
-            })?),
+            Some(locator) => Some(open_parent(path, locator, opening)?),
         };
         let ratio = BITMAP_SECTORS * u64::from(metadata.logical) / metadata.block;
         let blocks = metadata.size.div_ceil(metadata.block);
@@ -198,23 +173,6 @@ impl VhdxImage {
             ));
         }
         Ok(at)
-    }
-
-    /// Has each block of a range do its part: its number, where in it, how much.
-    fn each(
-        &self,
-        offset: u64,
-        len: u64,
-        mut part: impl FnMut(u64, u64, u64) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let (mut at, end) = (offset, offset + len);
-        while at < end {
-            let within = at % self.metadata.block;
-            let now = (self.metadata.block - within).min(end - at);
-            part(at / self.metadata.block, within, now)?;
-            at += now;
-        }
-        Ok(())
     }
 
     /// Reads from the parent; there are zeros where it is too short.
@@ -396,34 +354,29 @@ fn look(file: &RawImage, writable: bool) -> Result<Found, Fault> {
     Ok(Found { header, bat, metadata, overlay, reserved })
 }
 
-enum ParentError {
-    Fault(Fault),
-    Open(OpenError),
-}
-
 /// Opens the parent that a locator names, if it is still what it was.
 fn open_parent(
     path: &Path,
     locator: &[(String, String)],
     opening: &mut Opening,
-) -> Result<Arc<dyn Image>, ParentError> {
+) -> Result<Arc<dyn Image>, OpenError> {
     let value = |key: &str| locator.iter().find(|(found, _)| found == key).map(|(_, value)| value.as_str());
     let Some(name) = value("relative_path") else {
         let reason = "it names its parent by no relative path; put that right with Hyper-V's Set-VHD";
-        return Err(ParentError::Fault(Fault::Unsupported(reason.into())));
+        return Err(Fault::Unsupported(reason.into()).of(path, "vhdx"));
     };
     // Windows writes its own separators.
     let name = name.replace('\\', "/");
     let reference = Reference { name: &name, of: path };
-    let file = opening.look_at(reference).map_err(ParentError::Open)?;
-    let found = Header::read(&file).map_err(ParentError::Fault)?.data_write_guid();
+    let file = opening.look_at(reference)?;
+    let found = Header::read(&file).map_err(|fault| fault.of(path, "vhdx"))?.data_write_guid();
     let linked = [value("parent_linkage"), value("parent_linkage2")].into_iter().flatten();
     if !linked.filter_map(parse_guid).any(|guid| guid == found) {
         let reason = format!("its parent {name} has been changed since it was made, so it cannot be used");
-        return Err(ParentError::Fault(Fault::Unsupported(reason)));
+        return Err(Fault::Unsupported(reason).of(path, "vhdx"));
     }
     drop(file);
-    opening.backing(reference, Some("vhdx")).map_err(ParentError::Open)
+    opening.backing(reference, Some("vhdx"))
 }
 
 /// `{XXXXXXXX-XXXX-XXXX-XXXX-XXXXXXXXXXXX}`
@@ -462,7 +415,7 @@ impl Image for VhdxImage {
     fn read(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
         let mut cut = Cut::new(buffers);
         let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
-        self.each(offset, len, |block, within, len| {
+        each_unit(self.metadata.block, offset, len, |block, within, len| {
             let buffers = cut.next(len)?;
             let mut state = self.lock();
             let entry = self.entry(&mut state, self.entry_of_block(block))?;
@@ -502,7 +455,7 @@ impl Image for VhdxImage {
     fn write(&self, offset: u64, buffers: &[VolatileSlice<'_>], stable: bool) -> io::Result<()> {
         let mut cut = Cut::new(buffers);
         let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
-        self.each(offset, len, |block, within, len| {
+        each_unit(self.metadata.block, offset, len, |block, within, len| {
             let buffers = cut.next(len)?;
             let at = self.ensure(&mut self.lock(), block)?;
             self.file.write(at + within, &buffers, false)
@@ -515,7 +468,7 @@ impl Image for VhdxImage {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.each(offset, len, |block, within, len| {
+        each_unit(self.metadata.block, offset, len, |block, within, len| {
             let entry = self.entry(&mut self.lock(), self.entry_of_block(block))?;
             // A hole in the file gives as much space back as taking the block out of it.
             if entry & STATE == FULLY_PRESENT {
@@ -527,7 +480,7 @@ impl Image for VhdxImage {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.each(offset, len, |block, within, len| {
+        each_unit(self.metadata.block, offset, len, |block, within, len| {
             let mut state = self.lock();
             let place = self.entry_of_block(block);
             let entry = self.entry(&mut state, place)?;

@@ -13,6 +13,7 @@ use std::path::Path;
 use vm_memory::VolatileSlice;
 
 use self::sparse::SparseExtent;
+use super::fault::{Fault, invalid, unsupported};
 use super::raw::RawImage;
 use super::{Image, fill_zero};
 use crate::OpenError;
@@ -47,29 +48,6 @@ struct Extent {
 pub struct VmdkImage {
     extents: Vec<Extent>,
     size: u64,
-}
-
-/// What is wrong with an image.
-enum Fault {
-    Invalid(String),
-    Unsupported(String),
-}
-
-impl From<io::Error> for Fault {
-    fn from(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::Unsupported => Fault::Unsupported(error.to_string()),
-            _ => Fault::Invalid(error.to_string()),
-        }
-    }
-}
-
-fn invalid<T>(reason: impl Into<String>) -> Result<T, Fault> {
-    Err(Fault::Invalid(reason.into()))
-}
-
-fn unsupported<T>(reason: impl Into<String>) -> Result<T, Fault> {
-    Err(Fault::Unsupported(reason.into()))
 }
 
 /// A line of a descriptor about an extent.
@@ -158,10 +136,7 @@ impl VmdkImage {
         writable: bool,
         opening: &mut Opening,
     ) -> Result<Self, OpenError> {
-        let refused = |fault| match fault {
-            Fault::Invalid(reason) => OpenError::Format { path: path.to_owned(), format: "vmdk", reason },
-            Fault::Unsupported(reason) => OpenError::Unsupported { path: path.to_owned(), reason },
-        };
+        let refused = |fault: Fault| fault.of(path, "vmdk");
         let mut magic = [0; 4];
         file.read_bytes(0, &mut magic).map_err(|e| refused(e.into()))?;
         if magic == SPARSE_MAGIC {

@@ -10,9 +10,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use miniz_oxide::inflate;
 use vm_memory::VolatileSlice;
 
-use super::{Cut, Fault, MAX_DESCRIPTOR, SECTOR, SPARSE_MAGIC, invalid, length, unsupported};
+use super::{Cut, MAX_DESCRIPTOR, SECTOR, SPARSE_MAGIC, length};
+use crate::image::fault::{Fault, invalid, unsupported};
 use crate::image::raw::RawImage;
-use crate::image::{Image, Place, fill_zero, write_zero_bytes};
+use crate::image::{Image, Place, each_unit, fill_zero, write_zero_bytes};
 
 /// Bits of `flags`.
 const REDUNDANT_TABLES: u32 = 1 << 1;
@@ -163,23 +164,6 @@ impl SparseExtent {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has each grain of a range do its part: the grain's number, where in it, how much.
-    fn each(
-        &self,
-        offset: u64,
-        len: u64,
-        mut part: impl FnMut(u64, u64, u64) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let (mut at, end) = (offset, offset + len);
-        while at < end {
-            let within = at % self.grain;
-            let now = (self.grain - within).min(end - at);
-            part(at / self.grain, within, now)?;
-            at += now;
-        }
-        Ok(())
-    }
-
     /// Where a grain is in the file, if it is.
     fn find(&self, state: &mut State, grain: u64) -> io::Result<Option<u64>> {
         let (table, index) = (grain / TABLE_ENTRIES, grain % TABLE_ENTRIES);
@@ -214,7 +198,7 @@ impl SparseExtent {
     /// Reads a range of the extent.
     pub fn read(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
         let mut cut = Cut::new(buffers);
-        self.each(offset, length(buffers), |grain, within, len| {
+        each_unit(self.grain, offset, length(buffers), |grain, within, len| {
             let buffers = cut.next(len)?;
             let mut state = self.lock();
             match self.find(&mut state, grain)? {
@@ -260,7 +244,7 @@ impl SparseExtent {
     /// Writes a range of the extent.
     pub fn write(&self, offset: u64, buffers: &[VolatileSlice<'_>]) -> io::Result<()> {
         let mut cut = Cut::new(buffers);
-        self.each(offset, length(buffers), |grain, within, len| {
+        each_unit(self.grain, offset, length(buffers), |grain, within, len| {
             let buffers = cut.next(len)?;
             let mut state = self.lock();
             if let Some(at) = self.find(&mut state, grain)? {
@@ -277,7 +261,7 @@ impl SparseExtent {
 
     /// Makes a range zeros; grains that are not there are.
     pub fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.each(offset, len, |grain, within, len| {
+        each_unit(self.grain, offset, len, |grain, within, len| {
             let found = self.find(&mut self.lock(), grain)?;
             found.map_or(Ok(()), |at| write_zero_bytes(&self.file, at + within, len))
         })
