@@ -629,7 +629,7 @@ fn check_option(name: &str, value: &str) -> Result<(), ValueError> {
             "writeback, none, writethrough, directsync",
         ),
         "rerror" | "werror" => word(&["stop", "report", "ignore"], "stop, report, ignore"),
-        "queues" => number(1, 64),
+        "queues" => number(1, 8),
         "iops" | "riops" | "wiops" | "bps" | "rbps" | "wbps" => limit(value).map(drop),
         "dsm" => word(&["auto", "enable", "disable"], "auto, enable, disable"),
         "vga" => word(&["io", "on", "off"], "io, on, off"),

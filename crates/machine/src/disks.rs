@@ -14,7 +14,6 @@ use engine::GuestMemory;
 
 use crate::MachineError;
 use crate::clock::Timers;
-use crate::hash::fnv1a;
 use crate::lifecycle::Lifecycle;
 
 /// How often a machine that waits for space looks whether there is some.
@@ -301,10 +300,4 @@ fn error_policy(text: &str) -> Result<ErrorPolicy, ValueError> {
         "ignore" => Ok(ErrorPolicy::Ignore),
         _ => Err(ValueError::Word { value: text.to_owned(), accepted: "stop, report, ignore" }),
     }
-}
-
-/// A serial number for a disk that has been given none: always the same for the same image. `prefix` and 12 hexadecimal digits.
-pub(crate) fn serial(prefix: &str, node: &Node<'_>) -> Result<String, SettingError> {
-    let hash = fnv1a(node.string_or("path", node.path())?.bytes());
-    Ok(format!("{prefix}-{:012X}", (hash >> 80) as u64))
 }

@@ -135,7 +135,7 @@ impl Virtqueue {
     /// Takes all buffers that are available, and sees to it that the driver notifies of the next. A broken ring stops the device.
     ///
     /// Buffers are given to `take` in turn; no lock is held then.
-    pub fn drain(&self, mut take: impl FnMut(Buffer)) {
+    pub fn take_all(&self, mut take: impl FnMut(Buffer)) {
         /// Buffers that are taken at a time, so that completing the first need not wait for the last.
         const BATCH: usize = 64;
         let mut batch = Vec::new();

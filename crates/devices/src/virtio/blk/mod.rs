@@ -154,7 +154,7 @@ impl VirtioDevice for Blk {
         let Some(driver) = self.driver() else { return };
         let Some(queue) = driver.queues.get(usize::from(queue)).cloned() else { return };
         let writes_through = self.writes_through(&driver);
-        queue.drain(|buffer| request::start(self, &driver, &queue, buffer, writes_through));
+        queue.take_all(|buffer| request::start(self, &driver, &queue, buffer, writes_through));
     }
 
     fn drain(&self) {

@@ -56,7 +56,7 @@ impl VirtioDevice for Echo {
     fn notify(&self, queue: u16) {
         let driver = lock(&self.driver).clone().expect("active");
         let queue = driver.queues[usize::from(queue)].clone();
-        queue.drain(|buffer| queue.push(&buffer, buffer.chain.writable_len() as u32));
+        queue.take_all(|buffer| queue.push(&buffer, buffer.chain.writable_len() as u32));
     }
     fn drain(&self) {
         self.event("drain");
@@ -279,7 +279,7 @@ fn a_buffer_of_an_earlier_life_is_not_given_back() {
     let mut ring = bed.start(feature::VERSION_1, Layout::Split);
     ring.offer(&[], &[(0, 1)]);
     let mut held = Vec::new();
-    bed.device.queues[1].drain(|buffer| held.push(buffer));
+    bed.device.queues[1].take_all(|buffer| held.push(buffer));
     assert_eq!(held.len(), 1);
     let mut ring = bed.start(feature::VERSION_1, Layout::Split);
     bed.device.queues[1].push(&held[0], 1);

@@ -4,13 +4,13 @@
 //! clock, an alarm, a byte sink, the power switch), its alarm is connected, and it is attached to a bus. Chips that
 //! every PC has are made always; PCI devices come from the tree, by name, through [`PCI_DEVICES`].
 
+mod storage;
+
 use std::sync::{Arc, Weak};
 
-use block::{Disk, SectorSize};
 use config::settings::PciSlot;
-use config::{Node, PciAddress, SerialBackend, Tree, VmSettings};
+use config::{PciAddress, SerialBackend, Tree, VmSettings};
 use console::Console;
-use devices::ahci::{Ahci, AhciError, DiskIdentity, Drive};
 use devices::chipset::acpi_pm::{AcpiPm, SCI_IRQ};
 use devices::chipset::hpet::{Hpet, HpetConfig, HpetLines};
 use devices::chipset::i8042::{I8042, KEYBOARD_IRQ};
@@ -19,20 +19,16 @@ use devices::chipset::reset::{ResetControl, SystemControlPortA};
 use devices::chipset::rtc::{RTC_IRQ, Rtc, RtcConfig};
 use devices::host::{Alarm, IrqLine, MsiSink, OnAlarm};
 use devices::irq::{SharedLine, Unconnected};
-use devices::nvme::{self, Nvme, NvmeConfig};
 use devices::pci::config::ConfigError;
 use devices::pci::pirq::{PIRQ_GSI_BASE, PIRQS};
 use devices::pci::{
     HostBridge, LpcBridge, MEMORY_WINDOW, PciDevice, PciIdentity, PciRoot, PirqRouter, ResourceWindows,
 };
 use devices::uart::{COM_PORTS, Uart};
-use devices::virtio::blk::{Blk, BlkConfig};
-use devices::virtio::pci::VirtioPci;
 use engine::{Gsi, GuestMemory, IOAPIC_PINS, MsiMessage, Vm};
 
 use crate::clock::{GuestClock, Timers};
-use crate::disks::{self, Disks};
-use crate::hash::fnv1a;
+use crate::disks::Disks;
 use crate::lifecycle::{Ending, Lifecycle};
 use crate::{Board, MachineError};
 
@@ -46,18 +42,15 @@ struct Context<'a> {
     clock: Arc<GuestClock>,
 }
 
-/// The most queues of a virtio-blk device.
-const MAX_BLK_QUEUES: i64 = 8;
-
 type Builder = fn(&Context<'_>, &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError>;
 
 /// The PCI devices of this build by the value of their `device` variable. A new device is one line here.
 const PCI_DEVICES: &[(&str, Builder)] = &[
-    ("ahci", ahci),
+    ("ahci", storage::ahci),
     ("hostbridge", host_bridge),
     ("lpc", lpc_bridge),
-    ("nvme", nvme),
-    ("virtio-blk", virtio_blk),
+    ("nvme", storage::nvme),
+    ("virtio-blk", storage::virtio_blk),
 ];
 
 fn host_bridge(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
@@ -69,142 +62,6 @@ fn host_bridge(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevic
 fn pci_config(slot: &PciSlot) -> impl Fn(ConfigError) -> MachineError {
     let device = slot.device.clone();
     move |source| MachineError::PciConfig { device: device.clone(), source }
-}
-
-fn ahci(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
-    let ports = context.tree.node(&slot.node).node("port");
-    let mut drives = Vec::new();
-    let mut disks = Vec::new();
-    for number in 0..devices::ahci::MAX_PORTS {
-        let port = ports.node(&number.to_string());
-        drives.push(match port.string("type")?.as_deref() {
-            None => None,
-            Some("hd") => {
-                let (disk, identity) = hard_disk(context, slot, number, &port)?;
-                disks.push((number, disk.clone()));
-                Some(Drive::Disk(disk, identity))
-            }
-            Some(_) => return Err(MachineError::NotAvailable("device ahci-cd".into())),
-        });
-    }
-    // The adapter has no more ports than it needs.
-    let used = drives.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
-    drives.truncate(used);
-    let identity = identity(context.tree, &slot.node, Ahci::identity())?;
-    let memory = context.memory.clone();
-    let ahci = Ahci::new(identity, drives, memory, context.clock.clone()).map_err(|error| match error {
-        AhciError::Config(source) => pci_config(slot)(source),
-        other => MachineError::Device(other.to_string()),
-    })?;
-    let ahci = Arc::new(ahci);
-    for (number, disk) in disks {
-        let resized = Arc::downgrade(&ahci);
-        context.disks.on_resize(&disk, move || {
-            if let Some(ahci) = resized.upgrade() {
-                ahci.resized(number);
-            }
-        });
-    }
-    Ok(ahci)
-}
-
-/// A hard disk on a port of an AHCI adapter.
-fn hard_disk(
-    context: &Context<'_>,
-    slot: &PciSlot,
-    number: usize,
-    port: &Node<'_>,
-) -> Result<(Arc<Disk>, DiskIdentity), MachineError> {
-    let disk = context.disks.open(&format!("{}.{number}", slot.address), port, context.memory, |_| ())?;
-    let serial = match port.string("ser")? {
-        Some(serial) => serial,
-        None => disks::serial("APIARY", port)?,
-    };
-    let mut identity = DiskIdentity::disk(serial);
-    if let Some(model) = port.string("model")? {
-        identity.model = model;
-    }
-    if let Some(firmware) = port.string("rev")? {
-        identity.firmware = firmware;
-    }
-    if let Some(rate) = port.integer("nmrr", 0..=u16::MAX.into())? {
-        identity.rotation_rate = u16::try_from(rate).unwrap_or_default();
-    }
-    Ok((disk, identity))
-}
-
-fn nvme(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
-    let node = context.tree.node(&slot.node);
-    let number = |name: &str, most: i64, default: u16| -> Result<u16, MachineError> {
-        Ok(node.integer(name, 1..=most)?.and_then(|value| u16::try_from(value).ok()).unwrap_or(default))
-    };
-    let block = node.integer("sectsz", 512..=8192)?.and_then(|size| u32::try_from(size).ok());
-    let disk = context.disks.open(&slot.address.to_string(), &node, context.memory, |options| {
-        if let Some(logical) = block {
-            options.sectors = Some(SectorSize { logical, physical: logical.max(4096) });
-        }
-    })?;
-    let serial = match node.string("ser")? {
-        Some(serial) => serial,
-        None => disks::serial("NVME", &node)?,
-    };
-    let info = disk.info();
-    let config = NvmeConfig {
-        max_queues: number("maxq", nvme::MAX_QUEUES.into(), 16)?,
-        // A queue of one entry would always be both full and empty.
-        queue_size: number("qsz", 4096, 2048)?.max(2),
-        io_slots: number("ioslots", i64::from(u16::MAX), 64)?,
-        block_bytes: info.sectors.logical,
-        eui64: match node.integer("eui64", 0..=i64::MAX)? {
-            Some(eui64) => eui64 as u64,
-            None => nvme_eui64(&serial),
-        },
-        serial,
-        dataset_management: match node.string("dsm")?.as_deref() {
-            Some("enable") => true,
-            Some("disable") => false,
-            _ => info.discard,
-        },
-    };
-    let identity = identity(context.tree, &slot.node, nvme::IDENTITY)?;
-    let nvme = Nvme::new(disk.clone(), context.memory.clone(), identity, config).map_err(pci_config(slot))?;
-    let resized = Arc::downgrade(&nvme);
-    context.disks.on_resize(&disk, move || {
-        if let Some(nvme) = resized.upgrade() {
-            nvme.resized();
-        }
-    });
-    Ok(nvme)
-}
-
-/// An identifier of a namespace that has been given none: its vendor part is the one of bhyve's (FreeBSD's OUI), the rest made of
-/// the serial number.
-fn nvme_eui64(serial: &str) -> u64 {
-    const OUI: u64 = 0x58_9c_fc;
-    OUI << 40 | (fnv1a(serial.bytes()) as u64) & 0xff_ffff_ffff
-}
-
-fn virtio_blk(context: &Context<'_>, slot: &PciSlot) -> Result<Arc<dyn PciDevice>, MachineError> {
-    let node = context.tree.node(&slot.node);
-    let disk = context.disks.open(&slot.address.to_string(), &node, context.memory, |_| ())?;
-    // A queue for each processor, so that none waits for another.
-    let most = i64::from(context.settings.topology.vcpus()).min(MAX_BLK_QUEUES);
-    let queues = node.integer("queues", 1..=MAX_BLK_QUEUES)?.unwrap_or(most);
-    let serial = match node.string("ser")? {
-        Some(serial) => serial,
-        None => disks::serial("APIARY", &node)?,
-    };
-    let config = BlkConfig { queues: u16::try_from(queues).unwrap_or(1), serial };
-    let device = Arc::new(Blk::new(disk.clone(), context.memory.clone(), config));
-    let resized = Arc::downgrade(&device);
-    context.disks.on_resize(&disk, move || {
-        if let Some(device) = resized.upgrade() {
-            device.resized();
-        }
-    });
-    let identity = identity(context.tree, &slot.node, VirtioPci::identity(&*device))?;
-    let msix = context.settings.virtio_msix;
-    Ok(Arc::new(VirtioPci::new(device, identity, context.memory, msix).map_err(pci_config(slot))?))
 }
 
 /// The LPC bridge keeps its variables below `lpc`, not below its slot (bhyve_config(5), "LPC Device Settings").
