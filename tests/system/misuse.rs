@@ -108,7 +108,16 @@ fn impossible_disks() {
         assert_names(&with(&format!("{},werror=panic", at("good"))), &["panic", "report"]);
         assert_names(&with(&format!("{},iops=0", at("good"))), &["iops"]);
         assert_names(&with(&format!("{},format=floppy", at("good"))), &["floppy", "qcow2"]);
+        assert_names(&with(&format!("{},format=luks", at("good"))), &["keyfile"]);
+        assert_names(
+            &with(&format!("{},format=luks,keyfile={}", at("good"), at("none"))),
+            &["keyfile", &at("none")],
+        );
     }
+    // Past the command line's own checks.
+    let slot = format!("4,nvme,{}", at("good"));
+    let line = refused(&[good(&kernel).as_slice(), &["-s", &slot, "-o", "pci.0.4.0.sectsz=1000"]].concat());
+    assert_names(&line, &["sectsz", "1000", "4096"]);
     let twice = format!("4,virtio-blk,{}", at("good"));
     let again = format!("5,nvme,{}", at("good"));
     let line = refused(&[good(&kernel).as_slice(), &["-s", &twice, "-s", &again]].concat());

@@ -151,7 +151,7 @@ pub struct PciDevice {
 const BLOCK: &[&str] = &["path", "nocache", "nodelete", "sync", "direct", "ro", "sectorsize", "bootindex"];
 /// What Apiary adds to each disk: see `docs/disks.md`.
 const DISK: &[&str] =
-    &["format", "cache", "rerror", "werror", "iops", "riops", "wiops", "bps", "rbps", "wbps"];
+    &["format", "keyfile", "cache", "rerror", "werror", "iops", "riops", "wiops", "bps", "rbps", "wbps"];
 const DRIVE: &[&str] = &["nmrr", "ser", "rev", "model"];
 const NETWORK: &[&str] =
     &["backend", "type", "mac", "mtu", "path", "peerhook", "socket", "hook", "hostfwd", "bootindex"];
@@ -623,7 +623,7 @@ fn check_option(name: &str, value: &str) -> Result<(), ValueError> {
         "maxq" | "qsz" | "ioslots" | "ram" => number(1, i32::MAX.into()),
         "sectorsize" => value.parse::<SectorSize>().map(drop),
         "sectsz" => word(&["512", "4096", "8192"], "512, 4096, 8192"),
-        "format" => word(&["raw", "qcow2", "vmdk", "vhdx"], "raw, qcow2, vmdk, vhdx"),
+        "format" => word(&["raw", "qcow2", "vmdk", "vhdx", "luks"], "raw, qcow2, vmdk, vhdx, luks"),
         "cache" => word(
             &["writeback", "none", "writethrough", "directsync"],
             "writeback, none, writethrough, directsync",

@@ -7,7 +7,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use block::{
-    CacheMode, Disk, DiskOptions, ErrorPolicy, Format, IoError, Limit, Limits, Rate, Source, TroubleSink,
+    CacheMode, Disk, DiskOptions, ErrorPolicy, Format, IoError, Limit, Limits, Rate, Secret, Source,
+    TroubleSink,
 };
 use config::{Node, SettingError, ValueError};
 use engine::GuestMemory;
@@ -105,6 +106,10 @@ impl Disks {
         change: impl FnOnce(&mut DiskOptions),
     ) -> Result<Arc<Disk>, MachineError> {
         let (mut options, limits) = (options(name, node)?, limits(node)?);
+        if let Some(path) = node.string("keyfile")? {
+            let bytes = std::fs::read(&path).map_err(|source| MachineError::KeyFile { path, source })?;
+            options.secret = Some(Secret::new(bytes));
+        }
         change(&mut options);
         let disk = Arc::new(Disk::open(options, memory.clone(), self.troubles.clone())?);
         disk.set_limits(limits)
@@ -277,7 +282,7 @@ fn limits(node: &Node<'_>) -> Result<Limits, SettingError> {
 
 fn format(text: &str) -> Result<Format, ValueError> {
     Format::from_name(text)
-        .ok_or_else(|| ValueError::Word { value: text.to_owned(), accepted: "raw, qcow2, vmdk, vhdx" })
+        .ok_or_else(|| ValueError::Word { value: text.to_owned(), accepted: "raw, qcow2, vmdk, vhdx, luks" })
 }
 
 fn cache_mode(text: &str) -> Result<CacheMode, ValueError> {

@@ -18,6 +18,14 @@ pub enum MachineError {
     /// A device cannot be made as asked.
     #[error("{0}")]
     Device(String),
+    /// The passphrase of an encrypted image cannot be read.
+    #[error("keyfile {path}: {source}")]
+    KeyFile {
+        /// The file.
+        path: String,
+        /// The host's answer.
+        source: io::Error,
+    },
     /// A disk image cannot be used.
     #[error(transparent)]
     Disk(#[from] block::OpenError),

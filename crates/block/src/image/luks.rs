@@ -229,7 +229,7 @@ impl LuksImage {
     pub(crate) fn open(file: RawImage, path: &Path, secret: Option<&Secret>) -> Result<Self, OpenError> {
         let unlocked = match secret {
             Some(secret) => unlock(&file, secret),
-            None => unsupported("is encrypted; give its passphrase"),
+            None => unsupported("is encrypted; give the file of its passphrase with keyfile=FILE"),
         };
         let (cipher, start) = unlocked.map_err(|fault| fault.of(path, "luks"))?;
         Ok(LuksImage { file, cipher, start })
