@@ -165,8 +165,9 @@ const REGISTERS: &[&str] = &[
     "pcireg.subdevice",
 ];
 
-const BLOCK_FORM: &str =
-    "PATH[,nocache][,direct][,ro][,nodelete][,sectorsize=LOGICAL[/PHYSICAL]][,bootindex=N]";
+const BLOCK_FORM: &str = "PATH[,nocache][,direct][,ro][,nodelete][,sectorsize=LOGICAL[/PHYSICAL]][,bootindex=N]\
+     [,format=raw|qcow2|vmdk|vhdx|luks][,keyfile=FILE][,cache=writeback|none|writethrough|directsync]\
+     [,rerror|werror=stop|report|ignore][,iops|riops|wiops|bps|rbps|wbps=RATE[/BURST]]";
 const NETWORK_FORM: &str = "tapN|vmnetN[,mac=XX:XX:XX:XX:XX:XX][,mtu=N] \
      | slirp[,hostfwd=PROTO:ADDR:PORT-ADDR:PORT[;...]] | netgraph,path=NODE,peerhook=HOOK[,socket=NAME][,hook=HOOK]";
 const DRIVE_FORM: &str =
@@ -250,7 +251,7 @@ pub const DEVICES: &[PciDevice] = &[
         name: "nvme",
         model: "nvme",
         summary: "NVM Express controller",
-        form: "PATH|ram=MIB[,maxq=N][,qsz=N][,ioslots=N][,sectsz=N][,ser=SERIAL][,eui64=N][,dsm=auto|enable|disable]",
+        form: "PATH|ram=MIB[,maxq=N][,qsz=N][,ioslots=N][,sectsz=N][,ser=SERIAL][,eui64=N][,dsm=auto|enable|disable][,BLOCK OPTIONS AS virtio-blk]",
         options: &[BLOCK, DISK, &["maxq", "qsz", "ioslots", "sectsz", "ser", "eui64", "dsm", "ram"]],
         grammar: Grammar::First("path"),
     },
